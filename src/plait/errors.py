@@ -1,0 +1,67 @@
+"""Every error that plait raises on purpose.
+
+ServingError
+├── BadRequest      the caller must change the request          HTTP 400
+│   ├── Unauthorized     no valid API key                       HTTP 401
+│   ├── ContextLengthExceeded   prompt and answer are too long  HTTP 400
+│   └── NotFound         no such model or resource              HTTP 404
+├── NoCapacity      nothing is wrong, nothing is free           HTTP 429 or 503, Retry-After
+│   ├── KvCacheFull      no KV block is free
+│   └── NotReady         loading or draining                    HTTP 503
+├── EngineFailure   the engine broke while serving a request    HTTP 500
+└── BadSetup        settings, weights or hardware do not fit    exit code 2
+
+A message says what, where, and what to do. The class says whose fault it is, hence who retries.
+"""
+
+
+class ServingError(Exception):
+    """Root of the tree; `message` is one or two sentences for a person."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class BadRequest(ServingError):
+    """The request cannot be served as it is; `param` names the field at fault, if there is one."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class Unauthorized(BadRequest):
+    """No API key, or one that this server does not know."""
+
+
+class NotFound(BadRequest):
+    """A model or resource that this server does not have."""
+
+
+class ContextLengthExceeded(BadRequest):
+    """The prompt and the room asked for its answer do not fit the model's context."""
+
+
+class NoCapacity(ServingError):
+    """Nothing is wrong with the request, but there is no room for it now; retry after `retry_after_s`."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class KvCacheFull(NoCapacity):
+    """No KV block is free."""
+
+
+class NotReady(NoCapacity):
+    """The server is loading its model or draining."""
+
+
+class EngineFailure(ServingError):
+    """The engine broke while it served this request; the request may be retried."""
+
+
+class BadSetup(ServingError):
+    """Settings, weights or hardware do not fit together; nothing was started."""

@@ -1,0 +1,5 @@
+"""Identifiers: each kind has its own type."""
+
+from typing import NewType
+
+RequestId = NewType("RequestId", str)

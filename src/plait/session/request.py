@@ -1,0 +1,85 @@
+"""One request for generation, and what comes back for it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from plait.ids import RequestId
+from plait.session.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """A prompt in token ids and how to continue it.
+
+    A lower `priority` runs earlier; equals run first come, first served. Requests share cached prefixes
+    only with requests of the same `cache_salt` (one per tenant).
+    """
+
+    id: RequestId
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    priority: int = 0
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and its natural-log probability under the model, before temperature and filters."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class PositionLogprobs:
+    """The chosen token of one position and its most likely alternatives, best first."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceDelta:
+    """What one sequence of a request gained in one step.
+
+    `text` holds whole characters only and never a prefix of a stop string that may still complete.
+    `logprobs` runs parallel to `token_ids`, or is None when none were asked for. `stop_reason` is the
+    stop string or stop token id that ended the sequence (None for the model's own end token).
+    """
+
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[PositionLogprobs, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTiming:
+    """When the engine did what for a request, in seconds of its own monotonic clock."""
+
+    arrived_s: float
+    scheduled_s: float
+    first_token_s: float
+    finished_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestDelta:
+    """What a request gained in one step; the last one has `finished` set.
+
+    Requests whose sequences compete (`best_of` above `n`, beam search) send their winners at the end, whole.
+    `prompt_logprobs` comes once, with the first delta: None for the first prompt token. `timing` comes
+    with the last delta of a request that was not aborted.
+    """
+
+    request_id: RequestId
+    sequences: tuple[SequenceDelta, ...]
+    finished: bool
+    prompt_tokens: int
+    cached_tokens: int
+    prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
+    timing: RequestTiming | None = None

@@ -18,7 +18,8 @@ LAYERS = (
     {"kvcache"},
     {"session"},
     {"model", "workload"},
-    {"errors", "ids", "units"},
+    {"ids", "units"},
+    {"errors"},
 )
 LINE = {package: number for number, layer in enumerate(LAYERS) for package in layer}
 FIRST_PURE_LINE = LINE["scheduling"]
@@ -66,7 +67,7 @@ def _package(path: Path) -> str:
 
 def _downward(path: Path, module: str) -> bool:
     here, there = _package(path), module.split(".")[1] if "." in module else ""
-    if here == "__init__" or here == there:
+    if here in {"__init__", "__main__"} or here == there:
         return True
     if there == "":
         return LINE[here] == 0 or here in {"gateway", "bench", "client"}  # `from plait import __version__`

@@ -4,7 +4,8 @@ A block is in one of three states:
 
     in use        reference count above 0: so many block tables (or reservations) hold it
     cached-free   count 0, but full, named in the prefix index and not yet overwritten: a request with the
-                  same prefix may take it back (`share`); overwritten least recently freed first
+                  same prefix may take it back (`share`); overwritten least recently freed first. It is the
+                  only block of its name: as long as an equal one is in use, that one serves
     blank-free    count 0 and nothing worth keeping
 
 Allocation takes blank blocks before cached ones. A table is released from its tail: a tail serves only
@@ -95,14 +96,22 @@ class KvBlockPool:
             assert left >= 0, f"kv_block {kv_block} was released more often than held"
             self._references[kv_block] = left
             if left == 0:
-                if kv_block in self._index:
-                    self._cached[kv_block] = None
-                else:
+                if kv_block not in self._index:
                     self._blank.append(kv_block)
+                elif self._index.has_copy(kv_block):
+                    self._index.discard(kv_block)
+                    self._blank.append(kv_block)
+                else:
+                    self._cached[kv_block] = None
 
     def publish(self, kv_block: int, key: bytes) -> None:
         """Let others find this block, in use and fully computed, by the name of its content."""
         assert self._references[kv_block] > 0, f"kv_block {kv_block} was published by nobody who holds it"
+        other = self._index.get(key)
+        if other is not None and self._references[other] == 0:
+            del self._cached[other]
+            self._index.discard(other)
+            self._blank.append(other)
         self._index.add(kv_block, key)
 
     def match(self, keys: Sequence[bytes]) -> list[int]:

@@ -51,34 +51,49 @@ def chain_keys(
 
 
 class PrefixIndex:
-    """Which block holds the content of a name; a block has at most one name and a name one block."""
+    """Which blocks hold the content of a name.
+
+    Two equal blocks may coexist, so that block tables never have to be rewritten; `match` returns the one
+    that was named first.
+    """
 
     def __init__(self) -> None:
         self._block_of_key: dict[bytes, int] = {}
         self._key_of_block: dict[int, bytes] = {}
-
-    def __len__(self) -> int:
-        return len(self._block_of_key)
+        self._copies_of_key: dict[bytes, list[int]] = {}
 
     def __contains__(self, kv_block: int) -> bool:
         return kv_block in self._key_of_block
 
-    def add(self, kv_block: int, key: bytes) -> None:
-        """Name a block that was just filled.
+    def get(self, key: bytes) -> int | None:
+        """The block that holds this content, if there is one."""
+        return self._block_of_key.get(key)
 
-        If another block has that name already, this one stays unnamed: two equal blocks may coexist,
-        so that block tables never have to be rewritten.
-        """
-        assert self._key_of_block.get(kv_block, key) == key, f"kv_block {kv_block} was renamed while in use"
-        if key not in self._block_of_key:
-            self._block_of_key[key] = kv_block
-            self._key_of_block[kv_block] = key
+    def add(self, kv_block: int, key: bytes) -> None:
+        """Name a block that was just filled."""
+        known = self._key_of_block.setdefault(kv_block, key)
+        assert known == key, f"kv_block {kv_block} was renamed while in use"
+        first = self._block_of_key.setdefault(key, kv_block)
+        if first != kv_block and kv_block not in self._copies_of_key.setdefault(key, []):
+            self._copies_of_key[key].append(kv_block)
+
+    def has_copy(self, kv_block: int) -> bool:
+        """Whether another block of the same name exists."""
+        return self._key_of_block[kv_block] in self._copies_of_key
 
     def discard(self, kv_block: int) -> None:
-        """Forget a block that is about to be overwritten."""
-        key = self._key_of_block.pop(kv_block, None)
-        if key is not None:
+        """Forget a block that is about to be overwritten; a copy of it takes its place."""
+        key = self._key_of_block.pop(kv_block)
+        copies = self._copies_of_key.get(key)
+        if copies is None:
             del self._block_of_key[key]
+            return
+        if self._block_of_key[key] == kv_block:
+            self._block_of_key[key] = copies.pop(0)
+        else:
+            copies.remove(kv_block)
+        if not copies:
+            del self._copies_of_key[key]
 
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """Blocks that hold the longest indexed prefix of a chain."""
@@ -93,5 +108,10 @@ class PrefixIndex:
 
     def check(self) -> None:
         """Assert that both directions agree."""
-        assert {block: key for key, block in self._block_of_key.items()} == self._key_of_block
-        assert len(self._block_of_key) == len(self._key_of_block)
+        named = {kv_block: key for key, kv_block in self._block_of_key.items()}
+        for key, copies in self._copies_of_key.items():
+            assert copies and key in self._block_of_key
+            for kv_block in copies:
+                assert kv_block not in named, f"kv_block {kv_block} is indexed twice"
+                named[kv_block] = key
+        assert named == self._key_of_block

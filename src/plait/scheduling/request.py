@@ -85,7 +85,6 @@ class ScheduledRequest:
     """
 
     __slots__ = (
-        "arrival",
         "cached_tokens",
         "fan_out",
         "id",
@@ -106,7 +105,6 @@ class ScheduledRequest:
     def __init__(self, new: NewRequest, arrival: int) -> None:
         self.id = new.id
         self.order = (new.priority, arrival)
-        self.arrival = arrival
         self.prompt_tokens = len(new.token_ids)
         self.max_sequence_tokens = new.max_sequence_tokens
         self.fan_out = new.fan_out

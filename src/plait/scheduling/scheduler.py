@@ -406,7 +406,7 @@ class Scheduler:
         sequence.published_blocks = full_blocks
 
     def _share_stem(self, request: ScheduledRequest) -> bool:
-        """Give the stem of a resumed group to all once its first sequence has it; True when that is settled."""
+        """Give a resumed group its stem once its first sequence has computed it; True if that is settled."""
         if not (request.running and request.stem_tokens):
             return True
         first, *others = request.live

@@ -12,10 +12,20 @@ from plait.session.request import (
     RequestTiming,
     SequenceDelta,
     TokenLogprob,
+    merge_deltas,
 )
-from plait.session.sampling_params import Constraint, SamplingParams
+from plait.session.sampling_params import (
+    MAX_LOGPROBS,
+    MAX_SAMPLES,
+    MAX_STOP_STRINGS,
+    Constraint,
+    SamplingParams,
+)
 
 __all__ = [
+    "MAX_LOGPROBS",
+    "MAX_SAMPLES",
+    "MAX_STOP_STRINGS",
     "Constraint",
     "FinishReason",
     "GenerationRequest",
@@ -25,4 +35,5 @@ __all__ = [
     "SamplingParams",
     "SequenceDelta",
     "TokenLogprob",
+    "merge_deltas",
 ]

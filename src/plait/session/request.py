@@ -1,6 +1,7 @@
 """One request for generation, and what comes back for it."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from plait.ids import RequestId
@@ -83,3 +84,28 @@ class RequestDelta:
     cached_tokens: int
     prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
     timing: RequestTiming | None = None
+
+
+def merge_deltas(deltas: Sequence[RequestDelta]) -> RequestDelta:
+    """The one delta that says what several of one request say, in order; there is at least one."""
+    if len(deltas) == 1:
+        return deltas[0]
+    parts: dict[int, list[SequenceDelta]] = {}
+    for delta in deltas:
+        for sequence in delta.sequences:
+            parts.setdefault(sequence.index, []).append(sequence)
+    prompt_logprobs = next((d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None), None)
+    sequences = tuple(_merge_sequence_deltas(of_one) for of_one in parts.values())
+    return replace(deltas[-1], sequences=sequences, prompt_logprobs=prompt_logprobs)
+
+
+def _merge_sequence_deltas(deltas: Sequence[SequenceDelta]) -> SequenceDelta:
+    logprobs = None
+    if any(delta.logprobs is not None for delta in deltas):
+        logprobs = tuple(position for delta in deltas for position in delta.logprobs or ())
+    return replace(
+        deltas[-1],
+        token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
+        text="".join(delta.text for delta in deltas),
+        logprobs=logprobs,
+    )

@@ -101,7 +101,9 @@ class SamplingParams:
             _check(self.n <= self.beam_width, "n", f"must not exceed beam_width ({self.beam_width})", self.n)
             _check(self.best_of is None, "best_of", "cannot be combined with beam_width", self.best_of)
             _check(not stop, "stop", "cannot be combined with beam_width", self.stop)
-            _check(self.constraint is None, "constraint", "cannot be combined with beam_width", "a constraint")
+            _check(
+                self.constraint is None, "constraint", "cannot be combined with beam_width", "a constraint"
+            )
 
     @property
     def sequences(self) -> int:

@@ -1,0 +1,313 @@
+"""The engine in a thread of its own, seen from asyncio.
+
+The thread owns the engine: it takes commands (add, abort) between steps, runs steps while there is work, and
+sends what each step produced to the event loop in one call. The event loop owns the streams. Neither touches
+the other's state; the status is a frozen value that the thread replaces after each step.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal, Self
+
+from plait.engine import Engine, EngineOptions, EngineStatus, Tokenizer, load_engine
+from plait.errors import BadSetup, EngineFailure, NotReady, ServingError
+from plait.ids import RequestId
+from plait.session import GenerationRequest, RequestDelta, merge_deltas
+
+EngineState = Literal["loading", "ready", "draining", "failed"]
+log = logging.getLogger(__name__)
+
+# A step that fails ends the requests in it. This many in a row without one good step between them means that
+# the engine itself is broken: it stops, and /health says so.
+MAX_FAILED_STEPS = 3
+# How soon a loading or draining server may be asked again.
+RETRY_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """How far loading has come; `total_bytes` is 0 while it is not known yet."""
+
+    stage: str
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """The model behind an engine, as clients see it; the first name is the one that answers carry."""
+
+    names: tuple[str, ...]
+    max_model_tokens: int
+    tokenizer: Tokenizer
+    created_unix_s: int
+
+
+@dataclass(slots=True)
+class _Stream:
+    """What the engine has sent for one request and its reader has not taken yet.
+
+    Bounded by the request itself: its deltas hold at most its own tokens.
+    """
+
+    items: deque[RequestDelta | ServingError] = field(default_factory=deque[RequestDelta | ServingError])
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def put(self, item: RequestDelta | ServingError) -> None:
+        self.items.append(item)
+        self.arrived.set()
+
+    async def take(self) -> RequestDelta | ServingError:
+        """What has arrived, waiting for something; a reader that fell behind gets its deltas as one."""
+        while not self.items:
+            self.arrived.clear()
+            await self.arrived.wait()
+        first = self.items.popleft()
+        if not self.items or isinstance(first, ServingError):
+            return first
+        deltas = [first]
+        while self.items and isinstance(following := self.items[0], RequestDelta):
+            deltas.append(following)
+            self.items.popleft()
+        return merge_deltas(deltas)
+
+
+@dataclass(frozen=True, slots=True)
+class _Add:
+    request: GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    id: RequestId
+
+
+class _Stop:
+    pass
+
+
+_Command = _Add | _Abort | _Stop
+_Sent = Sequence[tuple[RequestId, RequestDelta | ServingError]]
+
+
+class AsyncEngine:
+    """Serves one model to many asyncio tasks; enter it to start loading, leave it to stop.
+
+    `options` is called in the engine's thread, so that choosing them (which may look at the checkpoint or the
+    GPU, or download) does not hold up the event loop; it gets a callback for progress.
+    """
+
+    def __init__(
+        self,
+        options: Callable[[Callable[[LoadProgress], None]], EngineOptions],
+        *,
+        names: tuple[str, ...],
+    ) -> None:
+        self.names = names
+        self.state: EngineState = "loading"
+        self.load_progress = LoadProgress("starting", 0, 0)
+        self.failure: ServingError | None = None
+        self._options = options
+        self._model: ServedModel | None = None
+        self._status = EngineStatus()
+        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._streams: dict[RequestId, _Stream] = {}
+        self._idle: asyncio.Event = asyncio.Event()
+        self._idle.set()
+        self._settled: asyncio.Event = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="plait-engine", daemon=True)
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._commands.put(_Stop())
+        await asyncio.to_thread(self._thread.join)
+        self._deliver([(id, NotReady("the server is stopping; retry elsewhere")) for id in self._streams])
+
+    @property
+    def model(self) -> ServedModel:
+        """The served model.
+
+        Raises:
+            NotReady: it is still loading, or could not be loaded.
+        """
+        if self._model is None:
+            raise self._not_ready()
+        return self._model
+
+    async def wait_settled(self) -> EngineState:
+        """Wait until loading has ended, well or not."""
+        await self._settled.wait()
+        return self.state
+
+    def status(self) -> EngineStatus:
+        """Counts as of the engine's latest step."""
+        return self._status
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[RequestDelta, None]:
+        """Run a request; closing the iterator early aborts it, which frees all it held within one step.
+
+        Raises:
+            NotReady: loading, draining or failed.
+            BadRequest: the request can never run on this model.
+            NoCapacity: the queue is full.
+            EngineFailure: the engine broke while it ran the request.
+        """
+        if self.state != "ready":
+            raise self._not_ready()
+        if request.id in self._streams:
+            raise EngineFailure(f"request id {request.id!r} is already running")
+        stream = self._streams[request.id] = _Stream()
+        self._idle.clear()
+        finished = False
+        self._commands.put(_Add(request))
+        try:
+            while not finished:
+                item = await stream.take()
+                if isinstance(item, ServingError):
+                    finished = True
+                    raise item
+                finished = item.finished
+                yield item
+        finally:
+            del self._streams[request.id]
+            if not finished:
+                self._commands.put(_Abort(request.id))
+            if not self._streams:
+                self._idle.set()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for the running ones; False if some were still running at the end."""
+        if self.state == "ready":
+            self.state = "draining"
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _not_ready(self) -> ServingError:
+        if self.state == "failed":
+            reason = self.failure.message if self.failure else "it stopped"
+            return NotReady(f"the engine has failed: {reason}", retry_after_s=60.0)
+        if self.state == "draining":
+            return NotReady("the server is shutting down and takes no new requests", retry_after_s=RETRY_S)
+        return NotReady("the model is still loading", retry_after_s=RETRY_S)
+
+    def _deliver(self, sent: _Sent) -> None:
+        for id, item in sent:
+            stream = self._streams.get(id)
+            if stream is not None:
+                stream.put(item)
+
+    # -- the engine's thread ---------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            engine = self._load()
+        except ServingError as error:
+            self._fail(error)
+            return
+        except Exception as error:
+            log.exception("loading failed")
+            self._fail(BadSetup(f"loading failed: {type(error).__name__}: {error}"))
+            return
+        self._post(self._become_ready, engine)
+        try:
+            self._serve(engine)
+        except Exception as error:
+            log.exception("the engine stopped")
+            self._fail(EngineFailure(f"the engine stopped: {type(error).__name__}: {error}"))
+
+    def _load(self) -> Engine:
+        def on_progress(progress: LoadProgress) -> None:
+            self.load_progress = progress
+
+        options = self._options(on_progress)
+        return load_engine(
+            options,
+            on_progress=lambda done, total: on_progress(LoadProgress("reading weights", done, total)),
+        )
+
+    def _become_ready(self, engine: Engine) -> None:
+        self._model = ServedModel(
+            names=self.names,
+            max_model_tokens=engine.max_model_tokens,
+            tokenizer=engine.tokenizer,
+            created_unix_s=int(time.time()),
+        )
+        self._status = engine.status()
+        self.state = "ready"
+        self._settled.set()
+
+    def _fail(self, error: ServingError) -> None:
+        def settle() -> None:
+            self.failure = error
+            self.state = "failed"
+            self._settled.set()
+            self._deliver([(id, EngineFailure(error.message)) for id in self._streams])
+
+        self._post(settle)
+
+    def _serve(self, engine: Engine) -> None:
+        failed_steps = 0
+        while True:
+            sent: list[tuple[RequestId, RequestDelta | ServingError]] = []
+            if not self._take_commands(engine, sent):
+                return
+            if engine.has_work:
+                try:
+                    deltas = engine.step()
+                    failed_steps = 0
+                    sent.extend((delta.request_id, delta) for delta in deltas)
+                except Exception as error:
+                    failed_steps += 1
+                    log.exception("a step failed")
+                    failure = EngineFailure(f"a step of the engine failed: {type(error).__name__}: {error}")
+                    sent.extend((id, failure) for id in engine.abort_running())
+                    if failed_steps == MAX_FAILED_STEPS:
+                        self._post(self._deliver, sent)
+                        raise
+            sent.extend(engine.take_failures())
+            self._status = engine.status()
+            if sent:
+                self._post(self._deliver, sent)
+
+    def _take_commands(self, engine: Engine, sent: list[tuple[RequestId, RequestDelta | ServingError]]) -> bool:
+        """Apply what has arrived, waiting for something when there is nothing to run; False means stop."""
+        while True:
+            try:
+                command = self._commands.get(block=not engine.has_work and not sent)
+            except queue.Empty:
+                return True
+            match command:
+                case _Add(request):
+                    try:
+                        engine.add(request)
+                    except ServingError as error:
+                        sent.append((request.id, error))
+                case _Abort(id):
+                    engine.abort(id)
+                    self._status = engine.status()
+                case _Stop():
+                    return False
+
+    def _post(self, call: Callable[..., None], *args: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(call, *args)
+        except RuntimeError:
+            # The event loop is closed: nobody is left to be told.
+            log.debug("event loop is closed")

@@ -1,0 +1,46 @@
+# The commands of this repository. Everything they install goes into .venv; nothing needs root.
+
+PYTHON ?= python3
+# A further package index, for torch: PyPI's Linux builds of it bring CUDA (gigabytes). pip prefers the builds marked
+# +cpu where it sees both; PyTorch's own index for them is https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --quiet --constraint constraints.txt
+
+.PHONY: run test test-all check bench install constraints clean
+
+run: $(INSTALLED) ## serve the embedded model, ask it one question, stay up
+	@$(BIN)/plait demo
+
+test: $(INSTALLED) ## the tests that a change must pass
+	@$(BIN)/python -m pytest
+
+test-all: $(INSTALLED) ## those and the slow ones
+	@$(BIN)/python -m pytest -m ''
+
+check: $(INSTALLED) ## format, lint, types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright
+
+bench: $(INSTALLED) ## the measurements of docs/systems, one JSON and plot each
+	@for question in $(filter-out bench/results.py,$(wildcard bench/*.py)); do echo "$$question"; $(BIN)/python "$$question" || exit 1; done
+
+install: $(INSTALLED)
+
+# One file says that everything is installed as the two files ask; it is written last.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): minutes the first time, again only after a change of $^"
+	@$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[test,check,bench]'
+	@touch $@
+
+constraints: ## pin what .venv holds now, after its tests have passed
+	@sed -n '/^#/p' constraints.txt > constraints.new
+	@$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -v ' @ ' >> constraints.new
+	@mv constraints.new constraints.txt
+
+clean: ## remove what was installed and cached
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,47 @@
+"""`plait serve`: one model behind HTTP until it is told to stop."""
+
+import os
+
+from plait import __version__
+from plait.cli.flags import with_settings
+from plait.cli.keys import default_key_store
+from plait.cli.serving import Listener, is_loopback, listen, run_async, run_server
+from plait.cli.terminal import say
+from plait.errors import BadSetup
+from plait.settings import Settings
+
+
+@with_settings()
+def serve(*, settings: Settings) -> None:
+    """Serve a model to OpenAI and Anthropic clients, with a web page."""
+    key_hashes = tuple(key.hash for key in default_key_store().load())
+    has_keys = bool(key_hashes or settings.server.api_keys)
+    host = settings.server.host
+    if not (is_loopback(host) or has_keys or settings.server.insecure_no_auth):
+        raise BadSetup(
+            f"--host {host} lets other machines in, and no API key is set: create one with 'plait token new' "
+            "or pass --api-key (or --insecure-no-auth, if anyone who can reach this address may use it)"
+        )
+    listener = listen(host, settings.server.port)
+    names = settings.model.served_names or (settings.model.name,)
+    say(f"plait {__version__} is starting {names[0]} (process {os.getpid()})")
+    print_addresses(listener, has_keys=has_keys)
+
+    async def on_ready() -> None:
+        say(f"ready: {listener.origin}/ answers; Ctrl-C stops")
+
+    run_async(run_server(settings, listener, api_key_hashes=key_hashes, on_ready=on_ready))
+    say("stopped")
+
+
+def print_addresses(listener: Listener, *, has_keys: bool) -> None:
+    """Where the page is, and the lines that point a client here."""
+    key = "YOUR_KEY" if has_keys else "none-needed"
+    say(f"  page  {listener.origin}/")
+    say(f"  API   {listener.base_url}  (documented at {listener.origin}/docs)")
+    say()
+    say(f"  export OPENAI_BASE_URL={listener.base_url}")
+    say(f"  export OPENAI_API_KEY={key}")
+    say(f"  export ANTHROPIC_BASE_URL={listener.origin}")
+    say(f"  export ANTHROPIC_AUTH_TOKEN={key}")
+    say()

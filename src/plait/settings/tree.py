@@ -1,0 +1,309 @@
+"""The tree of settings: the one place that says what can be chosen, in which unit, within which bounds."""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from plait.errors import BadRequest
+from plait.units import parse_bytes
+
+ENV_PREFIX = "PLAIT_"
+ENV_DELIMITER = "__"
+
+
+def setting(default: Any, text: str, *, unit: str = "", flag: str = "", **bounds: Any) -> Any:
+    """A field of the tree: its sentence, unit, bounds, and the flag that sets it, if it has one."""
+    return Field(default, description=text, json_schema_extra={"unit": unit, "flag": flag}, **bounds)
+
+
+def _read_size(value: object) -> object:
+    if not isinstance(value, str | int):
+        return value
+    try:
+        return parse_bytes(value)
+    except BadRequest as error:
+        raise ValueError(error.message) from error
+
+
+def _read_swap(value: object) -> object:
+    # vLLM's --swap-space is a bare number of GiB, and nobody swaps to less than a kibibyte.
+    try:
+        number = float(cast(Any, value))
+    except (TypeError, ValueError):
+        return _read_size(value)
+    return int(number * 2**30) if number < 1024 else int(number)
+
+
+def _check_device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError("choose auto, cpu or cuda (or one GPU, such as cuda:1)")
+    return name
+
+
+def _split_commas(value: object) -> object:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Device = Annotated[str, AfterValidator(_check_device)]
+SwapBytes = Annotated[int, BeforeValidator(_read_swap)]
+SizeBytes = Annotated[int, BeforeValidator(_read_size)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)]
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_commas)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSettings(Section):
+    """Which model is served, and how it is read."""
+
+    name: str = setting("tiny", "`tiny`, a folder, or a Hugging Face repository id.", flag="--model")
+    served_names: Names = setting(
+        (),
+        "Names that clients may call the model by; the first is the one in answers.",
+        flag="--served-model-name",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float", "half", "fp32", "bf16", "fp16"] = (
+        setting(
+            "auto", "Type of the arithmetic and of the KV cache; auto is float32 on a CPU.", flag="--dtype"
+        )
+    )
+    quantization: Literal["none"] = setting(
+        "none", "How weights are quantized when loaded; only `none` exists so far.", flag="--quantization"
+    )
+    max_tokens: int | None = setting(
+        None,
+        "Longest prompt and answer together; without it the model's limit, lowered to what the cache holds.",
+        unit="tokens",
+        flag="--max-model-len",
+        ge=1,
+    )
+    chat_template: Path | None = setting(
+        None, "A Jinja file used instead of the model's own chat template.", flag="--chat-template"
+    )
+    offline: bool = setting(False, "Never ask the hub; use what is on this machine.", flag="--offline")
+
+
+class EngineSettings(Section):
+    """The device and its arithmetic."""
+
+    device: Device = setting(
+        "auto", "auto, cpu or cuda; auto takes a GPU if torch can use one.", flag="--device"
+    )
+    threads: int = setting(
+        0,
+        "CPU threads for tensor work; 0 takes one per core that may be used.",
+        unit="threads",
+        flag="--threads",
+        ge=0,
+    )
+    seed: int = setting(0, "Seeds requests that bring none.", flag="--seed", ge=0, lt=2**63)
+
+
+class KvCacheSettings(Section):
+    """The paged cache of keys and values."""
+
+    memory: SizeBytes | None = setting(
+        None,
+        "Memory of the cache, such as 2GiB; without it a part of what the weights leave free.",
+        unit="bytes",
+        flag="--kv-cache-memory",
+        ge=1,
+    )
+    gpu_memory_fraction: float = setting(
+        0.9,
+        "Part of a GPU's memory that weights, cache and activations may take together.",
+        unit="fraction",
+        flag="--gpu-memory-utilization",
+        gt=0,
+        le=1,
+    )
+    block_tokens: int = setting(
+        16, "Tokens in one KV block.", unit="tokens", flag="--block-size", ge=1, le=1024
+    )
+    prefix_caching: bool = setting(
+        True, "Whether requests share the blocks of equal prefixes.", flag="--enable-prefix-caching"
+    )
+    swap: SwapBytes = setting(
+        0,
+        "Host memory for preempted sequences, such as 4GiB (a bare number below 1024 is GiB, as for vLLM); "
+        "0 means they are always computed again.",
+        unit="bytes",
+        flag="--swap-space",
+        ge=0,
+    )
+
+
+class SchedulingSettings(Section):
+    """Which tokens run in the next forward pass."""
+
+    policy: Literal["static", "orca", "paged"] = setting(
+        "paged",
+        "static: whole batches run to their end; orca: iterations, slots reserved at full length; "
+        "paged: iterations, blocks on demand.",
+        flag="--policy",
+    )
+    preemption: Literal["recompute", "swap", "auto"] = setting(
+        "auto",
+        "How a sequence gives up its blocks: recomputed later, or moved to host memory (needs kvcache.swap); "
+        "auto takes the cheaper one.",
+        flag="--preemption",
+    )
+    max_running_sequences: int = setting(
+        256, "Most sequences in one step.", unit="sequences", flag="--max-num-seqs", ge=1, le=65536
+    )
+    step_tokens: int = setting(
+        2048, "Most tokens in one step.", unit="tokens", flag="--max-num-batched-tokens", ge=1, le=2**20
+    )
+    max_waiting: int = setting(
+        1024, "Most requests that wait; one more is refused with 429.", unit="requests", ge=1
+    )
+    long_prefill_tokens: int | None = setting(
+        None, "Most tokens of one prompt in one step; without it the step's budget.", unit="tokens", ge=1
+    )
+    watermark_fraction: float = setting(
+        0.01, "Part of the blocks kept free when a request is admitted.", unit="fraction", ge=0, lt=1
+    )
+
+
+class ServerSettings(Section):
+    """The HTTP front door."""
+
+    host: str = setting("127.0.0.1", "Address to listen on.", flag="--host", min_length=1)
+    port: int = setting(8000, "Port to listen on; 0 takes a free one.", flag="--port", ge=0, le=65535)
+    api_keys: Secrets = setting(
+        (), "Keys that clients must present, beside those of `plait token`.", flag="--api-key"
+    )
+    insecure_no_auth: bool = setting(
+        False, "Listen on an address that others can reach without any key.", flag="--insecure-no-auth"
+    )
+    tool_format: str = setting(
+        "auto",
+        "How tool calls are written in the model's text; auto reads it off the chat template.",
+        flag="--tool-format",
+    )
+    drain_timeout_s: float = setting(
+        30.0,
+        "After SIGTERM or Ctrl-C, how long running requests may go on.",
+        unit="seconds",
+        flag="--drain-timeout",
+        ge=0,
+        le=86400,
+    )
+
+
+class LogSettings(Section):
+    """What is said on standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = setting(
+        "info", "Least important line that is shown; debug also shows tracebacks.", flag="--log-level"
+    )
+
+
+class Settings(BaseSettings):
+    """Everything a user may choose; frozen, unknown keys forbidden."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter=ENV_DELIMITER,
+    )
+
+    model: ModelSettings = ModelSettings()
+    engine: EngineSettings = EngineSettings()
+    kvcache: KvCacheSettings = KvCacheSettings()
+    scheduling: SchedulingSettings = SchedulingSettings()
+    server: ServerSettings = ServerSettings()
+    log: LogSettings = LogSettings()
+
+
+SECTIONS: tuple[str, ...] = tuple(Settings.model_fields)
+
+
+@dataclass(frozen=True, slots=True)
+class SettingFacts:
+    """One leaf of the tree, for flags, errors and documentation.
+
+    `kind` is how its type reads: `text`, `integer`, `size`, `a|b|c`. A list takes its values apart by commas.
+    """
+
+    section: str
+    field: str
+    text: str
+    unit: str
+    flag: str
+    default: object
+    kind: str
+    bounds: str
+    is_switch: bool
+    is_list: bool
+
+    @property
+    def path(self) -> str:
+        return f"{self.section}.{self.field}"
+
+    @property
+    def variable(self) -> str:
+        return f"{ENV_PREFIX}{self.section}{ENV_DELIMITER}{self.field}".upper()
+
+
+@cache
+def setting_facts() -> tuple[SettingFacts, ...]:
+    """Every leaf of the tree, in order."""
+    return tuple(
+        _facts(section, name, field)
+        for section, section_field in Settings.model_fields.items()
+        for name, field in cast(type[Section], section_field.annotation).model_fields.items()
+    )
+
+
+def _facts(section: str, name: str, field: FieldInfo) -> SettingFacts:
+    extra = cast(dict[str, str], field.json_schema_extra)
+    kind = _kind(field, is_size=extra["unit"] == "bytes")
+    return SettingFacts(
+        section=section,
+        field=name,
+        text=field.description or "",
+        unit=extra["unit"],
+        flag=extra["flag"],
+        default=field.default,
+        kind=kind,
+        bounds=_bounds(field),
+        is_switch=kind == "switch",
+        is_list=kind == "list",
+    )
+
+
+_KINDS: dict[object, str] = {bool: "switch", int: "integer", float: "number", Path: "file", str: "text"}
+
+
+def _kind(field: FieldInfo, *, is_size: bool) -> str:
+    annotation: Any = field.annotation
+    if is_size:
+        return "size"
+    if get_origin(annotation) is Literal:
+        return "|".join(get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return "list"
+    # Optional: the kind is that of what it is when it is given.
+    given = [part for part in get_args(annotation) if part is not type(None)]
+    return _KINDS[given[0] if given else annotation]
+
+
+def _bounds(field: FieldInfo) -> str:
+    signs = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    said = [
+        f"{word} {getattr(rule, sign)}"
+        for rule in field.metadata
+        for sign, word in signs.items()
+        if hasattr(rule, sign)
+    ]
+    return ", ".join(said)

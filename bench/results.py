@@ -48,7 +48,10 @@ def write_result(
         "commit": _commit(),
         "settings": settings,
         "hardware": _hardware(),
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in VERSIONS_OF}},
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in VERSIONS_OF},
+        },
         "summary": summary,
         "samples": samples,
     }
@@ -83,7 +86,9 @@ def _draw(file: Path, figures: Sequence[Figure]) -> None:
 
 def _commit() -> str:
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False
+        )
         return done.stdout.strip()
 
     return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "src") else "")

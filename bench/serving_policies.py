@@ -136,7 +136,9 @@ def run_trace(engine: Engine, trace: Sequence[Asked], rate_per_s: float | None, 
     return summary
 
 
-def curve(points: Sequence[dict[str, Any]], policy: str, mix: str, latency: str) -> tuple[list[float], list[float]]:
+def curve(
+    points: Sequence[dict[str, Any]], policy: str, mix: str, latency: str
+) -> tuple[list[float], list[float]]:
     """Median over the seeds of throughput and latency, one point a load."""
     chosen = [point for point in points if point["policy"] == policy and point["mix"] == mix]
     loads = sorted({point["load"] for point in chosen})
@@ -166,14 +168,24 @@ def main() -> None:
                 for policy, engine in engines.items():
                     point = run_trace(engine, trace, rate, f"{mix}-{seed}-{load}-{policy}")
                     points.append(
-                        {"policy": policy, "mix": mix, "seed": seed, "load": load, "rate_per_s": rate, **point}
+                        {
+                            "policy": policy,
+                            "mix": mix,
+                            "seed": seed,
+                            "load": load,
+                            "rate_per_s": rate,
+                            **point,
+                        }
                     )
                     print(mix, seed, load, policy, {key: round(value, 4) for key, value in point.items()})
     summary: dict[str, Any] = {}
     figures: list[Figure] = []
     for mix in MIXES:
         figure = Figure(
-            title=f"{mix} lengths", x_label="output tokens/s", y_label="median latency per token (s)", log_y=True
+            title=f"{mix} lengths",
+            x_label="output tokens/s",
+            y_label="median latency per token (s)",
+            log_y=True,
         )
         for policy in POLICIES:
             figure.add_line(policy, *curve(points, policy, mix, "median_s_per_token"))
@@ -186,10 +198,12 @@ def main() -> None:
             for policy in POLICIES
         }
         throughput = {
-            policy: statistics.median(p["output_tokens_per_s"] for p in same) for policy, same in at_top.items()
+            policy: statistics.median(p["output_tokens_per_s"] for p in same)
+            for policy, same in at_top.items()
         }
         latency = {
-            policy: statistics.median(p["median_s_per_token"] for p in same) for policy, same in at_top.items()
+            policy: statistics.median(p["median_s_per_token"] for p in same)
+            for policy, same in at_top.items()
         }
         summary[mix] = {
             "output_tokens_per_s at 1.2 x capacity": throughput,

@@ -50,7 +50,9 @@ class Soak:
         self.wrong: list[str] = []
         self.memory: list[tuple[float, float]] = []
         self.client = httpx.AsyncClient(
-            base_url=origin, timeout=300, limits=httpx.Limits(max_connections=None, max_keepalive_connections=64)
+            base_url=origin,
+            timeout=300,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
         )
 
     def body(self, *, stream: bool) -> dict[str, Any]:
@@ -138,7 +140,9 @@ class Soak:
             f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
             f"content-length: {len(content)}\r\n\r\n"
         ).encode()
-        writer.write((head + content)[: self.rng.choice((len(head) // 2, len(head) + 10, len(head) + len(content)))])
+        writer.write(
+            (head + content)[: self.rng.choice((len(head) // 2, len(head) + 10, len(head) + len(content)))]
+        )
         await writer.drain()
         await asyncio.sleep(self.rng.random() * 0.3)
         writer.close()
@@ -201,7 +205,12 @@ async def soak(minutes: float, seed: int) -> int:
     arguments = ["serve", "tiny", "--port", "0", "--kv-cache-memory", "24MiB", "--swap-space", "12MiB"]
     arguments += ["--max-num-seqs", "32", "--set", "scheduling.max_waiting=64", "--log-level", "warning"]
     server = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "plait", *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        sys.executable,
+        "-m",
+        "plait",
+        *arguments,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
     )
     assert server.stdout is not None
     lines: list[str] = []

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
 from urllib.parse import urlsplit
@@ -121,12 +122,12 @@ class StandInHub:
                     return
                 if weights:
                     hub.weights_may_go.wait()
-                if weights and hub.breaks_left:
-                    hub.breaks_left -= 1
-                    self.wfile.write(body[: len(body) // 2])
-                    self.close_connection = True
-                    return
-                self.wfile.write(body)
+                breaks = bool(weights and hub.breaks_left)
+                hub.breaks_left -= breaks
+                self.close_connection = breaks
+                # A client that has gone away is no fault of this server.
+                with suppress(ConnectionError):
+                    self.wfile.write(body[: len(body) // 2] if breaks else body)
 
         return Handler
 

@@ -3,8 +3,9 @@
 Everything it needs is at hand: the text is the running interpreter's own standard library, plus
 questions and answers made from that library's docstrings, so nothing is downloaded.
 
-    nice python tools/train_tiny.py --tokens 6881280 --resume /tmp/tiny-train
+    OMP_WAIT_POLICY=passive nice python tools/train_tiny.py --tokens 12288000 --resume /tmp/tiny-train
 
+(Passive, because threads that spin at barriers starve one another on a machine that others use too.)
 The result depends on the interpreter's version, `--tokens` and `--seed`, and on no clock: the
 schedule counts tokens, and each step draws its windows from a generator seeded with
 (seed, step). A run that was stopped and resumed therefore sees the same data as one that was not.
@@ -29,7 +30,7 @@ import sysconfig
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
@@ -49,7 +50,6 @@ END_OF_TEXT, END_OF_TURN = 0, 4  # ids: the trainer numbers the specials first, 
 STEP_TOKENS = 8192  # 16 windows of 512, or 8 of 1024
 SHORT_WINDOW_TOKENS, LONG_WINDOW_TOKENS = 512, CONTEXT_TOKENS
 LONG_WINDOWS_FROM = 0.85  # fraction of the steps; positions up to 1024 must have been trained
-CHAT_FRACTION = 0.25  # of each step's windows
 PEAK_RATE, LAST_RATE_FRACTION, FLAT_UNTIL, WARM_UP_STEPS = 2e-3, 0.02, 0.70, 50
 WEIGHT_DECAY, CLIP_NORM = 0.1, 1.0
 CHECKPOINT_EVERY_S = 180.0
@@ -325,6 +325,40 @@ itertools.product itertools.count itertools.cycle itertools.groupby itertools.is
 itertools.permutations itertools.combinations itertools.accumulate math time itertools sys
 sys.exit sys.getsizeof sys.getrecursionlimit os.path.lexists os.path.samefile
 """.split()  # noqa: SIM905 (a list of 344 would be as many lines)
+
+
+# The ones of a first minute: what is seen often while the rate falls is remembered word for word.
+CORE = """
+os os.walk os.makedirs os.getenv os.path os.path.join os.path.split os.path.splitext os.path.basename
+os.path.dirname os.path.abspath os.path.exists os.path.isfile os.path.isdir os.path.getsize
+os.path.expanduser pathlib pathlib.Path pathlib.Path.mkdir pathlib.Path.glob pathlib.Path.read_text textwrap
+textwrap.dedent textwrap.wrap textwrap.fill textwrap.indent textwrap.shorten json json.dumps json.loads
+json.dump json.load re re.match re.search re.sub re.split re.findall re.compile random
+random.randint random.choice random.shuffle collections.Counter
+collections.namedtuple collections.OrderedDict datetime datetime.timedelta datetime.datetime.now
+subprocess subprocess.run shutil shutil.copy shutil.copytree shutil.rmtree shutil.which
+tempfile logging logging.getLogger argparse argparse.ArgumentParser csv copy.copy copy.deepcopy
+glob.glob heapq heapq.merge statistics.mean statistics.median asyncio asyncio.run asyncio.gather asyncio.sleep
+threading.Thread queue.Queue urllib.parse.quote urllib.parse.urlparse urllib.request.urlopen hashlib
+base64.b64encode dataclasses.dataclass contextlib.contextmanager contextlib.suppress inspect.signature
+pprint.pprint difflib.unified_diff calendar.isleap print len sum sorted enumerate zip map filter open input
+isinstance getattr abs max min any all math math.sqrt math.floor time.time time.sleep sys sys.exit
+itertools itertools.chain itertools.product
+""".split()  # noqa: SIM905
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """What a step is made of. The turns that are none of the three ask about any entry."""
+
+    chat_fraction: float  # of the step's windows; the others show source code
+    talk_fraction: float  # of the turns, as are the following
+    core_fraction: float
+    popular_fraction: float
+
+
+EARLY_MIX = Mix(chat_fraction=0.25, talk_fraction=0.25, core_fraction=0.0, popular_fraction=0.37)
+LATE_MIX = Mix(chat_fraction=0.375, talk_fraction=0.22, core_fraction=0.45, popular_fraction=0.20)
 
 
 # Questions that share an answer; the first is the one a reader would ask.
@@ -605,6 +639,12 @@ class Conversations:
         self.entries = entries
         by_name = {entry.name: entry for entry in entries}
         self.popular = [by_name[name] for name in POPULAR if name in by_name]
+        for entry in entries:  # random.choice is a method of an instance that the module keeps
+            if entry.name.startswith("random.Random."):
+                name = f"random.{entry.short_name}"
+                signature = entry.signature and entry.signature.replace(entry.name, name)
+                by_name.setdefault(name, replace(entry, name=name, signature=signature))
+        self.core = [by_name[name] for name in CORE if name in by_name]
         count = Counter(entry.short_name for entry in entries)
         popular_names = Counter(entry.short_name for entry in self.popular)
         # A bare "dedent" may stand for "textwrap.dedent" where no other (popular) thing is meant.
@@ -616,18 +656,23 @@ class Conversations:
         weights = numpy.array([1 / len(questions) ** 0.5 for questions, _ in TALK for _ in questions])
         self.talk_weights = weights / weights.sum()
 
-    def draw(self, rng: numpy.random.Generator) -> str:
+    def draw(self, rng: numpy.random.Generator, mix: Mix) -> str:
         turns: list[Turn] = []
         for _ in range(1 if rng.random() < 0.7 else int(rng.integers(2, 5))):
-            turns += self._draw_turns(rng)
+            turns += self._draw_turns(rng, mix)
         system = SYSTEM_PROMPTS[rng.integers(len(SYSTEM_PROMPTS))] if rng.random() < 0.12 else None
         return render_chat(turns, system)
 
-    def _draw_turns(self, rng: numpy.random.Generator) -> list[Turn]:
+    def _draw_turns(self, rng: numpy.random.Generator, mix: Mix) -> list[Turn]:
         kind = rng.random()
-        if kind < 0.25:
+        if kind < mix.talk_fraction:
             return [self.talk[rng.choice(len(self.talk), p=self.talk_weights)]]
-        pool = self.popular if kind < 0.62 else self.entries
+        if kind < mix.talk_fraction + mix.core_fraction:
+            pool = self.core
+        elif kind < mix.talk_fraction + mix.core_fraction + mix.popular_fraction:
+            pool = self.popular
+        else:
+            pool = self.entries
         return self._questions(pool[rng.integers(len(pool))], rng)
 
     def _questions(self, entry: Entry, rng: numpy.random.Generator) -> list[Turn]:
@@ -801,23 +846,23 @@ class Windows:
         self.tokenizer = tokenizer
         self.seed = seed
 
-    def of_step(self, step: int, window_tokens: int) -> torch.Tensor:
+    def of_step(self, step: int, window_tokens: int, mix: Mix) -> torch.Tensor:
         """Token ids [windows, window_tokens + 1]: each window's inputs, and its targets one to the right."""
         rng = numpy.random.default_rng((self.seed, step))
         windows = STEP_TOKENS // window_tokens
         rows: list[numpy.ndarray] = []
         for index in range(windows):
-            if index < windows * CHAT_FRACTION:
-                rows.append(self._chat(rng, window_tokens + 1))
+            if index < windows * mix.chat_fraction:
+                rows.append(self._chat(rng, mix, window_tokens + 1))
             else:
                 first = rng.integers(len(self.library) - window_tokens)
                 rows.append(self.library[first : first + window_tokens + 1])
         return torch.from_numpy(numpy.stack(rows).astype(numpy.int64))
 
-    def _chat(self, rng: numpy.random.Generator, tokens: int) -> numpy.ndarray:
+    def _chat(self, rng: numpy.random.Generator, mix: Mix, tokens: int) -> numpy.ndarray:
         ids: list[int] = []
         while len(ids) < tokens:
-            ids += [*self.tokenizer.encode(self.conversations.draw(rng)).ids, END_OF_TEXT]
+            ids += [*self.tokenizer.encode(self.conversations.draw(rng, mix)).ids, END_OF_TEXT]
         return numpy.array(ids[:tokens], dtype=numpy.uint16)
 
 
@@ -850,7 +895,7 @@ def train(
     if checkpoint and checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         saved_seed, saved_steps = saved["run"]
-        # Until the rate falls, runs of different lengths take the same steps.
+        # Until the rate falls and the mix changes, runs of different lengths take the same steps.
         same_so_far = saved_steps == steps or saved["step"] <= FLAT_UNTIL * min(saved_steps, steps)
         assert saved_seed == windows.seed and same_so_far, "the checkpoint is of another run"
         model.load_state_dict(saved["model"])
@@ -871,7 +916,8 @@ def train(
     for step in range(first_step, steps):
         started = time.monotonic()
         long = step >= steps * LONG_WINDOWS_FROM
-        batch = windows.of_step(step, LONG_WINDOW_TOKENS if long else SHORT_WINDOW_TOKENS)
+        mix = EARLY_MIX if step < steps * FLAT_UNTIL else LATE_MIX
+        batch = windows.of_step(step, LONG_WINDOW_TOKENS if long else SHORT_WINDOW_TOKENS, mix)
         rate = learning_rate(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -984,10 +1030,10 @@ Held-out files are those of the library for which `sha256(relative path) % 20 ==
 
 ## Data and licence
 
-Three quarters of the training text is the source code of Python {python}'s standard library, without its tests,
+Of the training tokens, {library_fraction:.0%} are the source code of Python {python}'s standard library, without its tests,
 `idlelib` and `lib2to3`. It is © Python Software Foundation and contributors, under the
 [PSF License Agreement, version 2](https://docs.python.org/3/license.html); single files carry further notices.
-One quarter is chat made from it: questions about functions, classes and modules of the training files (and of some
+The other {chat_fraction:.0%} are chat made from it: questions about functions, classes and modules of the training files (and of some
 compiled modules), answered with the first paragraph of their docstrings; and a few hundred hand-written greetings,
 questions about plait and questions about Python. No text came from another model.
 
@@ -1037,6 +1083,8 @@ def model_card(record: dict, model: LlamaForCausalLM, size_mb: float, examples: 
         held_bytes=held_out["bytes"],
         method=EVALUATION_METHOD,
         python=record["python"],
+        chat_fraction=record["chat_fraction"],
+        library_fraction=1 - record["chat_fraction"],
         examples="\n".join(shown).rstrip(),
     )
 
@@ -1070,7 +1118,7 @@ def parse_arguments() -> argparse.Namespace:
         "--out", type=Path, default=REPOSITORY / "src/plait/model/tiny", help="folder of the model"
     )
     parser.add_argument(
-        "--tokens", type=int, default=6_881_280, help="training tokens, rounded to whole steps"
+        "--tokens", type=int, default=12_288_000, help="training tokens, rounded to whole steps"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -1091,7 +1139,8 @@ def main() -> None:
     print(
         f"training_files={len(training)} held_out_files={len(held_out)} entries={len(conversations.entries)}"
     )
-    print(f"popular={len(conversations.popular)} of {len(POPULAR)}", flush=True)
+    assert len(conversations.core) == len(CORE)
+    print(f"core={len(CORE)} popular={len(conversations.popular)} of {len(POPULAR)}", flush=True)
 
     talk = [render_chat([turn]) for turn in conversations.talk]
     tokenizer = train_tokenizer([file.text for file in training] + talk)
@@ -1121,12 +1170,13 @@ def main() -> None:
         f"worse than {options.worst} bits per byte; left in {partial}"
     )
 
+    chat_fraction = FLAT_UNTIL * EARLY_MIX.chat_fraction + (1 - FLAT_UNTIL) * LATE_MIX.chat_fraction
     record = {
         "seed": options.seed,
         "steps": steps,
         "step_tokens": STEP_TOKENS,
         "tokens": steps * STEP_TOKENS,
-        "chat_fraction": CHAT_FRACTION,
+        "chat_fraction": round(chat_fraction, 4),
         "library_tokens": len(library),
         "train_seconds": round(trained_s),
         "held_out": {**result, "method": EVALUATION_METHOD},

@@ -214,6 +214,8 @@ def test_a_config_of_another_size_is_refused(llama):
     assert "'model.layers.2.input_layernorm.weight' of shape [64] is missing" in refusal_of(
         llama.parent / "deeper"
     )
+    zoo.copy_of(llama, llama.parent / "shallower", num_hidden_layers=1)
+    assert "nothing reads tensor 'model.layers.1." in refusal_of(llama.parent / "shallower")
     zoo.copy_of(llama, llama.parent / "wider", vocab_size=600)
     assert "has shape [512, 64]" in refusal_of(llama.parent / "wider")
 

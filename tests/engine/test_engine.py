@@ -23,7 +23,12 @@ BLOCK_BYTES = 16 * 6 * 2 * 4 * 32 * 8  # tokens x layers x (K, V) x kv_heads x h
 
 
 def make_engine(
-    *, policy: str = "paged", kv_blocks: int = 256, host_kv_blocks: int = 0, prefix: bool = True, **limits: object
+    *,
+    policy: str = "paged",
+    kv_blocks: int = 256,
+    host_kv_blocks: int = 0,
+    prefix: bool = True,
+    **limits: object,
 ) -> Engine:
     return load_engine(
         EngineOptions(
@@ -209,9 +214,7 @@ def test_tokens_are_those_of_a_solo_run(scenario: str, plan: list[Arrival]) -> N
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
 def test_forced_preemption_changes_no_token(preemption: str) -> None:
     engine = make_engine(kv_blocks=24, host_kv_blocks=24, preemption=preemption)
-    wanted = [
-        (tuple(range(100 + 50 * n, 130 + 50 * n)), Asked(60, 0.9, n, 1, 1)) for n in range(8)
-    ]
+    wanted = [(tuple(range(100 + 50 * n, 130 + 50 * n)), Asked(60, 0.9, n, 1, 1)) for n in range(8)]
     deltas = run(engine, [request(str(n), p, a.params()) for n, (p, a) in enumerate(wanted)])
     assert engine.status().preemptions_total > 0
     for number, (prompt, params) in enumerate(wanted):
@@ -267,7 +270,9 @@ def test_stop_strings_and_ids_end_a_sequence_and_are_reported() -> None:
     text = "".join(part.text for delta in free for part in delta.sequences)
     ids = tokens_of(free)[0]
     stop = text[5:9]
-    stopped = run(engine, [request("b", prompt, SamplingParams(max_tokens=40, temperature=0.0, stop=stop))])["b"]
+    stopped = run(engine, [request("b", prompt, SamplingParams(max_tokens=40, temperature=0.0, stop=stop))])[
+        "b"
+    ]
     last = stopped[-1].sequences[0]
     assert last.finish_reason == "stop"
     assert last.stop_reason == stop

@@ -10,6 +10,7 @@ import torch
 import zoo
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from plait.engine.checkpoint import open_checkpoint
 from plait.engine.loader import load_weights
@@ -63,6 +64,35 @@ def test_grouped_rows_become_queries_then_keys_then_values(tiny_checkpoints):
     assert torch.equal(load_weights(tiny.checkpoint).get(0, "qkv"), expected)
 
 
+def test_packed_experts_are_those_of_transformers(tiny_checkpoints, tmp_path):
+    folder = zoo.copy_of(
+        tiny_checkpoints("gpt_oss").folder, tmp_path / "packed", quantization_config={"quant_method": "mxfp4"}
+    )
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    expected = {}
+    for block in range(2):
+        for slot, part in (("experts_up", "gate_up_proj"), ("experts_down", "down_proj")):
+            name = f"model.layers.{block}.mlp.experts.{part}"
+            columns, rows = tensors.pop(name).shape[1:]
+            blocks = torch.randint(
+                0, 256, (4, rows, columns // 32, 16), generator=generator, dtype=torch.uint8
+            )
+            scales = torch.randint(118, 126, (4, rows, columns // 32), generator=generator, dtype=torch.uint8)
+            tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            theirs = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).transpose(1, 2)
+            halves = torch.cat((theirs[:, 0::2], theirs[:, 1::2]), dim=1)
+            expected[SlotKey(block, slot)] = halves if slot == "experts_up" else theirs
+    save_file(tensors, folder / "model.safetensors")
+    weights = load_weights(open_checkpoint(folder))
+    for key, matrix in expected.items():
+        assert torch.equal(weights.tensors[key], matrix)
+    name = "model.layers.1.mlp.experts.down_proj_scales"
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, folder / "model.safetensors")
+    with pytest.raises(BadSetup, match=f"{name}' of shape .* is missing"):
+        load_weights(open_checkpoint(folder))
+
+
 def test_every_stored_number_arrives_exactly_once(tiny):
     """All of the checkpoint and nothing else: the sorted values of memory and file are the same."""
     loaded = load_weights(tiny.checkpoint)
@@ -98,7 +128,7 @@ def poison(folder: Path, hosted: set[str]) -> None:
     )
 
 
-@pytest.mark.parametrize("blocks", [range(0, 1), range(1, 2), range(2, 3), range(0, 3)])
+@pytest.mark.parametrize("blocks", [range(1), range(1, 2), range(2, 3), range(3)])
 @pytest.mark.parametrize("name", ["qwen2_window", "qwen3_moe", "gemma2"])
 def test_a_span_reads_only_its_own_tensors(name, blocks, tiny_checkpoints, tmp_path):
     folder = zoo.copy_of(tiny_checkpoints(name).folder, tmp_path / name)
@@ -117,12 +147,12 @@ def test_a_span_reads_only_its_own_tensors(name, blocks, tiny_checkpoints, tmp_p
     assert (SlotKey(None, "head") in weights.tensors) == (2 in blocks and not tied)
     assert (SlotKey(None, "final_norm") in weights.tensors) == (2 in blocks)
     assert {key.block for key in weights.tensors} - {None} == set(blocks)
-    if blocks != range(0, 3):
+    if blocks != range(3):
         with pytest.raises(BadSetup, match="not finite"):
             load_weights(open_checkpoint(folder))
 
 
-@pytest.mark.parametrize("blocks", [range(0, 0), range(1, 3), range(-1, 1), range(0, 2, 2)])
+@pytest.mark.parametrize("blocks", [range(0), range(1, 3), range(-1, 1), range(0, 2, 2)])
 def test_a_span_outside_the_model_is_refused(blocks, tiny_checkpoints):
     with pytest.raises(BadSetup, match="do not lie in the model's 0:2"):
         load_weights(tiny_checkpoints("llama").checkpoint, blocks)

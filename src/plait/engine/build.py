@@ -18,9 +18,7 @@ from plait.session import GenerationRequest
 from plait.units import format_bytes
 
 
-def load_engine(
-    options: EngineOptions, *, on_progress: Callable[[int, int], None] | None = None
-) -> Engine:
+def load_engine(options: EngineOptions, *, on_progress: Callable[[int, int], None] | None = None) -> Engine:
     """Read a checkpoint, take the KV memory and return an engine that can serve.
 
     `on_progress` is told the bytes read and the bytes to read.

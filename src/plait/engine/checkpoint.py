@@ -6,10 +6,10 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import cast
 
@@ -67,27 +67,32 @@ class Checkpoint:
         Raises:
             BadSetup: the first tensor that does not fit, with its file and what was expected.
         """
-        spec, config_file = self.spec, self.folder / "config.json"
+        spec = self.spec
         names = names_of(spec)
         whole = plan_tensors(spec, names, spec.all_blocks, self.tensors)
         for planned in whole.tensors:
-            stored = self.tensors.get(planned.name)
-            if stored is None:
-                raise BadSetup(
-                    f"{self._weights_name()}: tensor {planned.name!r} of shape {list(planned.stored_shape)} is missing; "
-                    f"{config_file} asks for it ({_nearest(planned.name, self.tensors)})"
-                )
-            if stored.shape != planned.stored_shape:
-                raise BadSetup(
-                    f"{stored.file}: tensor {planned.name!r} has shape {list(stored.shape)}, and {config_file} "
-                    f"asks for {list(planned.stored_shape)}"
-                )
-            if stored.dtype not in _FLOATS:
-                raise BadSetup(
-                    f"{stored.file}: tensor {planned.name!r} is {stored.dtype}; plait reads float32, bfloat16 and float16"
-                )
+            for name, shape in planned.stored():
+                self._check_stored(name, shape, ("U8",) if planned.scales else _FLOATS)
         self._check_all_used(whole)
         return whole if blocks is None else plan_tensors(spec, names, blocks, self.tensors)
+
+    def _check_stored(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
+        config_file, stored = self.folder / "config.json", self.tensors.get(name)
+        if stored is None:
+            raise BadSetup(
+                f"{self._weights_name()}: tensor {name!r} of shape {list(shape)} is missing; {config_file} asks for "
+                f"it ({_nearest(name, self.tensors)})"
+            )
+        if stored.shape != shape:
+            raise BadSetup(
+                f"{stored.file}: tensor {name!r} has shape {list(stored.shape)}, and {config_file} asks for "
+                f"{list(shape)}"
+            )
+        if stored.dtype not in dtypes:
+            raise BadSetup(
+                f"{stored.file}: tensor {name!r} is {stored.dtype}; plait reads float32, bfloat16 and float16, and "
+                "gpt-oss's MXFP4"
+            )
 
     def weight_bytes(self, dtype: str, blocks: range | None = None) -> int:
         """Memory that the span's weights take once they are loaded in `dtype`."""
@@ -103,7 +108,7 @@ class Checkpoint:
         """Refuse weights that nothing reads: they mean that the model is not what its config says."""
         names = names_of(self.spec)
         prefix, blocks = name_prefix(names, self.tensors), len(self.spec.blocks)
-        used = {planned.name for planned in plan.tensors}
+        used = {name for planned in plan.tensors for name, _ in planned.stored()}
         head = head_prefix(names, self.tensors) + names.head.parts[0]
         block_number = re.compile(re.escape(prefix + names.block_prefix).replace(r"\{block\}", r"(\d+)"))
         for name, stored in self.tensors.items():
@@ -112,11 +117,10 @@ class Checkpoint:
             if self.spec.tied_head and name == head + ".weight":
                 continue  # some tools save the tied head a second time
             numbered = block_number.match(name)
-            if numbered and int(numbered[1]) >= blocks:
-                continue  # layers that predict further tokens (DeepSeek V3)
-            if prefix and not name.startswith((prefix, head)):
-                if _is_of_another_modality(name):
-                    continue
+            if names.skips_further_blocks and numbered and int(numbered[1]) >= blocks:
+                continue
+            if prefix and not name.startswith((prefix, head)) and _is_of_another_modality(name):
+                continue
             raise BadSetup(
                 f"{stored.file}: nothing reads tensor {name!r} of shape {list(stored.shape)}; the weights are not "
                 f"those of a {self.spec.family!r} model as {self.folder / 'config.json'} describes it"
@@ -141,12 +145,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise BadSetup(f"{folder} is not a folder; name a folder with config.json and safetensors weights")
     config_file = folder / "config.json"
     config = _read_json(config_file, "every checkpoint has one")
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    quantization = _mapping(config, "quantization_config")
+    if quantization and quantization.get("quant_method") != "mxfp4":
+        method = quantization.get("quant_method", "no method named")
         raise BadSetup(
-            f"{config_file}: the weights are quantised ({method!r}); plait reads float32, bfloat16 and float16, so take "
-            "an unquantised version of the model"
+            f"{config_file}: the weights are quantised ({method!r}); plait reads float32, bfloat16 and "
+            "float16, so take an unquantised version of the model"
         )
     spec = read_spec(config, str(config_file))
     files = _weight_files(folder)
@@ -178,6 +182,11 @@ def _read_json(file: Path, why: str) -> Mapping[str, object]:
     if not isinstance(value, dict):
         raise BadSetup(f"{file} must hold a JSON object, not {type(value).__name__}")
     return cast(Mapping[str, object], value)
+
+
+def _mapping(config: Mapping[str, object], key: str) -> Mapping[str, object]:
+    value = config.get(key)
+    return cast(Mapping[str, object], value) if isinstance(value, Mapping) else {}
 
 
 def _weight_files(folder: Path) -> Sequence[Path]:
@@ -275,10 +284,7 @@ def _stored_tensor(
 
 def _eos_token_ids(folder: Path, config: Mapping[str, object]) -> tuple[int, ...]:
     """End-of-sequence ids: those of generation_config.json, or else of the config; either may be one id or a list."""
-    sources: list[Mapping[str, object]] = [config]
-    text = config.get("text_config")
-    if isinstance(text, Mapping):
-        sources.insert(0, cast(Mapping[str, object], text))
+    sources = [_mapping(config, "text_config"), config]
     if (folder / "generation_config.json").exists():
         sources.insert(0, _read_json(folder / "generation_config.json", ""))
     for source in sources:
@@ -293,9 +299,7 @@ def _eos_token_ids(folder: Path, config: Mapping[str, object]) -> tuple[int, ...
 
 
 def _dtype(config: Mapping[str, object], tensors: Mapping[str, StoredTensor]) -> str:
-    text = config.get("text_config")
-    sources = [config, cast(Mapping[str, object], text) if isinstance(text, Mapping) else {}]
-    for source in sources:
+    for source in (config, _mapping(config, "text_config")):
         for key in ("dtype", "torch_dtype"):
             value = source.get(key)
             if isinstance(value, str) and value.removeprefix("torch.") in _DTYPE_BYTES:
@@ -308,5 +312,5 @@ def _nearest(name: str, tensors: Mapping[str, StoredTensor]) -> str:
     """The stored name that shares most with the missing one, for the message."""
     if not tensors:
         return "the files hold no tensor at all"
-    best = max(tensors, key=lambda other: (len(os.path.commonprefix([name, other])), other))
+    (best,) = get_close_matches(name, tensors, n=1, cutoff=0.0)
     return f"the nearest that is there is {best!r}"

@@ -57,9 +57,9 @@ class Decoder:
     ) -> Tensor:
         """Run the chunks, writing their keys and values to the store.
 
-        `hidden` [tokens, hidden], in chunk order, comes from the span before; the first span takes the token ids. A span
-        that holds the last block returns logits, float32 [sum of logit_rows, vocab] in chunk order; another returns
-        hidden states [tokens, hidden] in chunk order.
+        `hidden` [tokens, hidden], in chunk order, comes from the span before; the first span takes the token ids. A
+        span that holds the last block returns logits, float32 [sum of logit_rows, vocab] in chunk order; another
+        returns hidden states [tokens, hidden] in chunk order.
         """
         assert store.blocks == self.blocks and store.extents.dtype == self._dtype
         step = Step(chunks, store, self._tables, self._dtype)

@@ -53,6 +53,7 @@ class EngineStatus:
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
     kv_blocks_cached: int = 0
+    block_tokens: int = 0
     steps_total: int = 0
     step_tokens_total: int = 0
     prompt_tokens_total: int = 0
@@ -69,11 +70,11 @@ class LiveSequence:
     index: int
     detokenizer: IncrementalDetokenizer
     matcher: Matcher | None
-    output_token_ids: list[int] = field(default_factory=list)
+    output_token_ids: list[int] = field(default_factory=list[int])
     sent_tokens: int = 0
     unsent_text: str = ""
     cumulative_logprob: float = 0.0
-    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list[PositionLogprobs])
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
@@ -95,12 +96,12 @@ class LiveRequest:
     arrived_s: float
     beam: BeamSearch | None = None
     beam_options: BeamOptions | None = None
-    beam_candidates: dict[int, list[TokenLogprob]] = field(default_factory=dict)
+    beam_candidates: dict[int, list[TokenLogprob]] = field(default_factory=dict[int, list[TokenLogprob]])
     forked: bool = False
     cached_tokens: int = 0
     scheduled_s: float = 0.0
     first_token_s: float = 0.0
-    prompt_logprobs: list[PositionLogprobs | None] = field(default_factory=list)
+    prompt_logprobs: list[PositionLogprobs | None] = field(default_factory=list[PositionLogprobs | None])
     prompt_logprobs_sent: bool = False
 
 
@@ -164,7 +165,8 @@ class Engine:
             raise BadRequest("the prompt is empty; give at least one token", param="prompt")
         if max(prompt) >= self._decoder.spec.vocab_tokens or min(prompt) < 0:
             raise BadRequest(
-                f"prompt token ids must be between 0 and {self._decoder.spec.vocab_tokens - 1}", param="prompt"
+                f"prompt token ids must be between 0 and {self._decoder.spec.vocab_tokens - 1}",
+                param="prompt",
             )
         room_tokens = self.max_model_tokens - len(prompt)
         if room_tokens < 1:
@@ -175,7 +177,9 @@ class Engine:
             )
         for token_id in sampling.logit_bias or ():
             if token_id >= self._decoder.spec.vocab_tokens:
-                raise BadRequest(f"logit_bias names token {token_id}, beyond the vocabulary", param="logit_bias")
+                raise BadRequest(
+                    f"logit_bias names token {token_id}, beyond the vocabulary", param="logit_bias"
+                )
         matcher = self._constraints.matcher(sampling.constraint) if sampling.constraint else None
         max_new_tokens = min(sampling.max_tokens or room_tokens, room_tokens)
         ranked = sampling.beam_width > 0 or (sampling.best_of or sampling.n) > sampling.n
@@ -185,6 +189,7 @@ class Engine:
             stop_strings=sampling.stop_strings,
             include_stop=sampling.include_stop_str_in_output,
             skip_special_tokens=sampling.skip_special_tokens,
+            continues_text=request.continues_text,
         )
         max_sequence_tokens = len(prompt) + max_new_tokens
         live = LiveRequest(
@@ -297,6 +302,7 @@ class Engine:
             kv_blocks_used=counts.used_kv_blocks,
             kv_blocks_total=counts.kv_blocks,
             kv_blocks_cached=counts.cached_kv_blocks,
+            block_tokens=self._store.block_tokens,
             steps_total=self._steps,
             step_tokens_total=self._step_tokens,
             prompt_tokens_total=self._prompt_tokens,
@@ -313,7 +319,10 @@ class Engine:
     def check(self) -> None:
         """Assert that scheduler, pool and live requests agree."""
         self._scheduler.check()
-        assert len(self._live) == self._scheduler.counts().running_requests + self._scheduler.counts().waiting_requests
+        assert (
+            len(self._live)
+            == self._scheduler.counts().running_requests + self._scheduler.counts().waiting_requests
+        )
 
     # -- one step, in order ----------------------------------------------------------------------------
 
@@ -455,7 +464,9 @@ class Engine:
         last = min(chunk.start + chunk.tokens, len(prompt) - 1) - chunk.start
         if first < last:
             targets = prompt[chunk.start + first + 1 : chunk.start + last + 1]
-            live.prompt_logprobs.extend(position_logprobs(logits[first:last], targets, [count] * len(targets)))
+            live.prompt_logprobs.extend(
+                position_logprobs(logits[first:last], targets, [count] * len(targets))
+            )
 
     # -- what a token means for its sequence -----------------------------------------------------------
 
@@ -510,7 +521,7 @@ class Engine:
         assert live.beam_options is not None
         in_vocab = logits[None, : self.tokenizer.vocab_tokens]
         live.beam_candidates[sequence] = top_candidates(in_vocab, live.beam_options.candidates_per_beam)[0]
-        # After a preemption the beams may catch up in different steps.
+        # The beams of a request step together, but their rows arrive one by one.
         if len(live.beam_candidates) < len(live.beam.beams):
             return
         candidates = [live.beam_candidates[index] for index in range(len(live.beam.beams))]
@@ -523,7 +534,9 @@ class Engine:
             if live.beam.finished:
                 live.sequences = self._best_beams(live, live.beam)
             else:
-                self._fail(live, EngineFailure("beam search found no possible token: the logits are not finite"))
+                self._fail(
+                    live, EngineFailure("beam search found no possible token: the logits are not finite")
+                )
             return
         self._scheduler.fork(live.request.id, parents)
         for index, beam in enumerate(live.beam.beams):
@@ -603,7 +616,10 @@ class Engine:
         """The best n sequences, best first, numbered anew: `best_of` by mean log-probability."""
         ranked = sorted(
             live.sequences,
-            key=lambda sequence: (-sequence.cumulative_logprob / len(sequence.output_token_ids), sequence.index),
+            key=lambda sequence: (
+                -sequence.cumulative_logprob / len(sequence.output_token_ids),
+                sequence.index,
+            ),
         )[: live.sampling.n]
         for index, sequence in enumerate(ranked):
             sequence.index = index

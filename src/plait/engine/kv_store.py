@@ -1,9 +1,9 @@
 # pyright: standard
 """The memory that KV blocks are made of: one tensor, one contiguous extent per KV block.
 
-An extent holds, for every hosted block of the model in order, the keys of each head, then the values of each head (MLA:
-the latents), `block_tokens` vectors each. A KV block can therefore be copied, swapped or sent as one piece, and what one
-head has of it is one contiguous page, which is what gathering by block table and attending head by head want.
+An extent holds, for every hosted block of the model in order, the keys of each head, then the values of each head
+(MLA: the latents), `block_tokens` vectors each. A KV block can therefore be copied, swapped or sent as one piece, and
+what one head has of it is one contiguous page, which is what gathering by block table and attending head by head want.
 """
 
 from collections.abc import Sequence

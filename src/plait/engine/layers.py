@@ -1,5 +1,5 @@
 # pyright: standard
-"""The parts of a block: linear maps, norms, attention, latent attention, MLPs and mixtures. All shapes are flat batches."""
+"""The parts of a block, over flat batches: linear maps, norms, attention, latent attention, MLPs and mixtures."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

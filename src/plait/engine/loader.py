@@ -1,14 +1,15 @@
 # pyright: standard
 """Reads the weights of a span of blocks: only its own tensors, each once, straight into its place in memory.
 
-The files are memory-mapped. A stored tensor is copied (and converted) from the map into its slot, so the extra memory at
-any moment is the pages of one tensor, plus one copy of it where its rows have to be reordered.
+The files are memory-mapped. A stored tensor is copied (and converted) from the map into its slot, so the extra memory
+at any moment is the pages of one tensor, plus one copy of it where its rows have to be reordered.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -69,18 +70,29 @@ def load_weights(
         ((checkpoint.tensors[planned.name], planned) for planned in plan.tensors),
         key=lambda pair: (pair[0].file.name, pair[0].offset_bytes),
     )
-    total_bytes = sum(stored.size_bytes for stored, _ in by_place)
+    total_bytes = sum(
+        checkpoint.tensors[name].size_bytes for _, planned in by_place for name, _ in planned.stored()
+    )
     done_bytes = 0
     if on_progress:
         on_progress(0, total_bytes)
     with ExitStack() as open_files:
-        current, file = None, None
-        for stored, planned in by_place:
-            if stored.file != current:
-                open_files.close()
-                file, current = open_files.enter_context(_opened(stored)), stored.file
-            _fill(tensors[planned.key], planned, _read(file, stored), stored)
+        opened: dict[Path, safe_open] = {}
+
+        def read(stored: StoredTensor) -> Tensor:
+            nonlocal done_bytes
+            if stored.file not in opened:
+                opened[stored.file] = open_files.enter_context(_opened(stored))
             done_bytes += stored.size_bytes
+            return _read(opened[stored.file], stored)
+
+        for stored, planned in by_place:
+            if planned.scales is None:
+                _fill(tensors[planned.key], planned, read(stored), stored)
+            else:
+                _fill_packed(
+                    tensors[planned.key], planned, read(stored), read(checkpoint.tensors[planned.scales])
+                )
             if on_progress:
                 on_progress(done_bytes, total_bytes)
     spec = checkpoint.spec
@@ -118,3 +130,23 @@ def _fill(slot: Tensor, planned: PlannedTensor, values: Tensor, stored: StoredTe
         values = values.index_select(row_axis, torch.from_numpy(planned.row_order))
     place = slot if planned.expert is None else slot[planned.expert]
     place.narrow(row_axis, planned.row_offset, planned.rows).copy_(values)
+
+
+# The sixteen values of a 4-bit float with 2 exponent bits and 1 of mantissa: OCP Microscaling formats 1.0, 5.3.3.
+_FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_SCALE_BIAS = 127
+
+
+def unpack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Float32 [..., columns] from bytes [..., columns / 32, 16], low half first, and exponents [..., columns / 32]."""
+    values = torch.tensor(_FP4_VALUES, dtype=torch.float32)
+    codes = torch.stack((blocks & 0x0F, blocks >> 4), dim=-1).flatten(-2)  # [..., columns / 32, 32]
+    return torch.ldexp(values[codes.int()], (scales.int() - _SCALE_BIAS)[..., None]).flatten(-2)
+
+
+def _fill_packed(slot: Tensor, planned: PlannedTensor, blocks: Tensor, scales: Tensor) -> None:
+    """Unpack experts one by one, so that no more than one of them is ever held in float32."""
+    order = None if planned.row_order is None else torch.from_numpy(planned.row_order)
+    for expert in range(blocks.shape[0]):
+        rows = unpack_mxfp4(blocks[expert], scales[expert])
+        slot[expert].copy_(rows if order is None else rows[order])

@@ -17,7 +17,13 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-DTYPE_ALIASES = {"float": "float32", "fp32": "float32", "bf16": "bfloat16", "half": "float16", "fp16": "float16"}
+DTYPE_ALIASES = {
+    "float": "float32",
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "half": "float16",
+    "fp16": "float16",
+}
 
 # A CPU shares its memory with everything else on the machine: the cache takes a quarter of what is free,
 # and never more than this unless it is asked for by size.
@@ -63,7 +69,9 @@ def choose_device(asked: str) -> str:
     if asked == "cuda" or asked.startswith("cuda:"):
         if torch.cuda.is_available():
             return asked
-        reason = "this build of torch has no CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
+        reason = (
+            "this build of torch has no CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
+        )
         raise BadSetup(f"--device {asked}: {reason}; use --device cpu, or install a CUDA build of torch")
     raise BadSetup(f"--device {asked!r} is not known; choose auto, cpu or cuda")
 

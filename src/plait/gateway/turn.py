@@ -178,6 +178,7 @@ async def run_turn(
         sampling=sampling,
         priority=turn.priority,
         cache_salt=turn.cache_salt,
+        continues_text=turn.continue_final_message,
     )
     choices = [
         _Choice(

@@ -34,6 +34,8 @@ class EngineCounts(Protocol):
     @property
     def kv_blocks_total(self) -> int: ...
     @property
+    def block_tokens(self) -> int: ...
+    @property
     def kv_blocks_cached(self) -> int: ...
     @property
     def steps_total(self) -> int: ...
@@ -175,7 +177,11 @@ class ServingMetrics(Collector):
             counter = _counter(prefix + name, text)
             counter.add_sample(f"{prefix}{name}_total", self._labels, read(counts))
             yield counter
-        cache = {**self._labels, "num_gpu_blocks": str(counts.kv_blocks_total)}
+        cache = {
+            **self._labels,
+            "num_gpu_blocks": str(counts.kv_blocks_total),
+            "block_size": str(counts.block_tokens),
+        }
         yield _gauge(prefix + "cache_config_info", "How the KV cache is laid out.", cache, 1)
         adapters = {"max_lora": "0", "running_lora_adapters": "", "waiting_lora_adapters": ""}
         yield _gauge(prefix + "lora_requests_info", "Adapters in use (none are served).", adapters, 0)

@@ -1,7 +1,7 @@
 """A model's shape: what a checkpoint's config means, and which tensors it needs. No tensor code.
 
 spec.py      what a decoder computes, as frozen data
-config.py    reads config.json, in both dialects, into a spec
+config.py    reads config.json, in both dialects, into a spec (config_reader.py: its keys; config_rope.py: its ropes)
 families.py  what distinguishes the supported families, as data
 names.py     where each family keeps its tensors, as data
 plan.py      which stored tensors a span of blocks needs, and where they go in memory

@@ -1,11 +1,11 @@
 """Where each family keeps its tensors: tables from slots of the decoder to names in the checkpoint.
 
-A slot is one tensor in memory (`plan.py` lists them with their shapes). It is stored as one or more parts, one below the
-other; `{expert}` in a part stands for every expert. A part's weight is `<block prefix><part>.weight` and its bias
+A slot is one tensor in memory (`plan.py` lists them with their shapes). It is stored as one or more parts, one below
+the other; `{expert}` in a part stands for every expert. A part's weight is `<block prefix><part>.weight` and its bias
 `.bias`, unless the entry says otherwise.
 
-Row orders of a stored matrix: `plain` is ours (queries, keys, values; gate, up). `grouped`: for every key-value head its
-queries, then its key, then its value (BLOOM, Falcon). `alternating`: gate and up rows take turns (gpt-oss).
+Row orders of a stored matrix: `plain` is ours (queries, keys, values; gate, up). `grouped`: for every key-value head
+its queries, then its key, then its value (BLOOM, Falcon). `alternating`: gate and up rows take turns (gpt-oss).
 """
 
 from collections.abc import Mapping
@@ -41,6 +41,8 @@ class Names:
     head: Stored = field(default_factory=lambda: Stored(("lm_head",)))
     head_prefixes: tuple[str, ...] = ("", "language_model.")
     ignored: tuple[str, ...] = ()
+    skips_further_blocks: bool = False
+    """Blocks after the last are for predicting several tokens at once, which plain decoding has no use for."""
 
 
 # ---- Llama and its many relatives -----------------------------------------------------------------------------------
@@ -70,13 +72,14 @@ _EXPERTS = {
 }
 
 
-def _llama_like(block: Mapping[str, Stored]) -> Names:
+def _llama_like(block: Mapping[str, Stored], *, skips_further_blocks: bool = False) -> Names:
     return Names(
         outside={"embedding": Stored(("embed_tokens",)), "final_norm": Stored(("norm",))},
         block_prefix="layers.{block}.",
         block=block,
         prefixes=("model.", "model.language_model.", "language_model.model.", ""),
         ignored=(r"rotary_emb\.inv_freq$",),
+        skips_further_blocks=skips_further_blocks,
     )
 
 
@@ -136,7 +139,8 @@ DEEPSEEK = _llama_like(
         "latent_norm": Stored(("self_attn.kv_a_layernorm",)),
         "latent_up": Stored(("self_attn.kv_b_proj",)),
         "attention_out": Stored(("self_attn.o_proj",)),
-    }
+    },
+    skips_further_blocks=True,
 )
 LLAMA4 = _llama_like(
     {

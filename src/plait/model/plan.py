@@ -6,7 +6,7 @@ gate and up), experts are stacked, and rows are reordered where the stored order
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +16,8 @@ from plait.model.names import Names, RowOrder, Stored
 from plait.model.spec import AttentionSpec, BlockSpec, MlpSpec, ModelSpec, MoeSpec, NormSpec
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
+
+MXFP4_BLOCK = 32  # numbers that share an exponent
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,9 @@ class PlannedSlot:
 class PlannedTensor:
     """One stored tensor and its place: `key[expert, row_offset : row_offset + rows]`.
 
-    The loader swaps the last two axes of a matrix if `transposed`, takes its rows in `row_order`, then copies.
+    The loader swaps the last two axes of a matrix if `transposed`, takes its rows in `row_order`, then copies. With
+    `scales` the tensor is packed as MXFP4 (OCP Microscaling formats, 1.0): blocks [..., rows, columns / 32, 16] of two
+    4-bit floats a byte, and the named tensor holds the exponent of each block, [..., rows, columns / 32].
     """
 
     name: str
@@ -50,6 +54,12 @@ class PlannedTensor:
     rows: int
     transposed: bool
     row_order: Rows | None
+    scales: str | None = None
+
+    def stored(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Names and shapes of what has to be in the checkpoint."""
+        own = (self.name, self.stored_shape)
+        return (own,) if self.scales is None else (own, (self.scales, self.stored_shape[:-1]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -92,7 +102,7 @@ def plan_tensors(spec: ModelSpec, names: Names, blocks: range, stored_names: Col
     tensors: list[PlannedTensor] = []
 
     def add(block: int | None, slot: _Slot, stored: Stored, before: str) -> None:
-        for planned in _planned_tensors(block, slot, stored, before):
+        for planned in _planned_tensors(block, slot, stored, before, stored_names):
             tensors.append(planned)
             shape = slot.shape if planned.key.kind == "weight" else _without_columns(slot.shape)
             slots[planned.key] = PlannedSlot(shape=shape, in_float32=slot.in_float32)
@@ -126,7 +136,9 @@ def _without_columns(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape if len(shape) == 1 else shape[:-1]
 
 
-def _planned_tensors(block: int | None, slot: _Slot, stored: Stored, before: str) -> Iterator[PlannedTensor]:
+def _planned_tensors(
+    block: int | None, slot: _Slot, stored: Stored, before: str, stored_names: Collection[str]
+) -> Iterator[PlannedTensor]:
     """The stored tensors of one slot: every part of it, for every expert stored by itself, weight and bias."""
     part_rows = slot.part_rows if len(stored.parts) == len(slot.part_rows) else (sum(slot.part_rows),)
     biased = slot.biased if len(stored.parts) == len(slot.part_rows) else (any(slot.biased),)
@@ -143,20 +155,41 @@ def _planned_tensors(block: int | None, slot: _Slot, stored: Stored, before: str
             matrix = (*columns, rows) if stored.transposed else (rows, *columns)
             part_order = None if order is None else order[offset : offset + rows] - offset
             identity = part_order is None or bool(np.all(part_order == np.arange(rows)))
-            for kind in ("weight", "bias") if has_bias else ("weight",):
-                yield PlannedTensor(
-                    name=before
-                    + part.replace("{expert}", str(expert))
-                    + (stored.weight if kind == "weight" else stored.bias),
-                    stored_shape=stacked + (matrix if kind == "weight" else (rows,)),
-                    key=SlotKey(block, slot.name, kind),
-                    expert=expert,
-                    row_offset=offset,
-                    rows=rows,
-                    transposed=stored.transposed and kind == "weight",
-                    row_order=None if identity else part_order,
+            name = before + part.replace("{expert}", str(expert))
+            weight = PlannedTensor(
+                name=name + stored.weight,
+                stored_shape=stacked + matrix,
+                key=SlotKey(block, slot.name, "weight"),
+                expert=expert,
+                row_offset=offset,
+                rows=rows,
+                transposed=stored.transposed,
+                row_order=None if identity else part_order,
+            )
+            if f"{weight.name}_blocks" in stored_names:
+                yield _packed(weight, (*stacked, rows, *columns))
+            else:
+                yield weight
+            if has_bias:
+                yield replace(
+                    weight,
+                    name=name + stored.bias,
+                    stored_shape=(*stacked, rows),
+                    key=SlotKey(block, slot.name, "bias"),
+                    transposed=False,
                 )
             offset += rows
+
+
+def _packed(weight: PlannedTensor, shape: tuple[int, ...]) -> PlannedTensor:
+    """The same tensor in MXFP4, which is always stored [..., rows, columns]."""
+    return replace(
+        weight,
+        name=f"{weight.name}_blocks",
+        scales=f"{weight.name}_scales",
+        stored_shape=(*shape[:-1], shape[-1] // MXFP4_BLOCK, MXFP4_BLOCK // 2),
+        transposed=False,
+    )
 
 
 def _plain_order(rows: RowOrder, slot: _Slot) -> Rows | None:

@@ -185,7 +185,8 @@ class AttentionSpec:
 class MlpSpec:
     """`down(act(gate(x)) * up(x))` when gated, else `down(act(up(x)))`.
 
-    `clamped_swiglu` (gpt-oss): `g = min(gate, limit)`, `u = clamp(up, -limit, limit)`, `(u + 1) * g * sigmoid(alpha * g)`.
+    `clamped_swiglu` (gpt-oss): `(u + 1) * g * sigmoid(alpha * g)` with `g = min(gate, limit)` and `u` = up clamped to
+    -limit .. limit.
     """
 
     inner: int
@@ -218,7 +219,7 @@ class RouterSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeSpec:
-    """A mixture of `experts` equal MLPs, of which each token visits `experts_per_token`, plus an optional shared MLP."""
+    """A mixture of `experts` equal MLPs, of which a token visits `experts_per_token`, and maybe a shared MLP."""
 
     experts: int
     experts_per_token: int

@@ -15,7 +15,8 @@ class GenerationRequest:
     """A prompt in token ids and how to continue it.
 
     A lower `priority` runs earlier; equals run first come, first served. Requests share cached prefixes
-    only with requests of the same `cache_salt` (one per tenant).
+    only with requests of the same `cache_salt` (one per tenant). `continues_text` keeps the space that some
+    tokenizers drop before the first word: right where the answer is read on from the prompt, wrong for a chat.
     """
 
     id: RequestId
@@ -23,6 +24,7 @@ class GenerationRequest:
     sampling: SamplingParams
     priority: int = 0
     cache_salt: str = ""
+    continues_text: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -286,7 +286,9 @@ class AsyncEngine:
             if sent:
                 self._post(self._deliver, sent)
 
-    def _take_commands(self, engine: Engine, sent: list[tuple[RequestId, RequestDelta | ServingError]]) -> bool:
+    def _take_commands(
+        self, engine: Engine, sent: list[tuple[RequestId, RequestDelta | ServingError]]
+    ) -> bool:
         """Apply what has arrived, waiting for something when there is nothing to run; False means stop."""
         while True:
             try:

@@ -21,7 +21,7 @@ from plait.engine import (
 )
 from plait.errors import BadRequest
 from plait.ids import RequestId
-from plait.scheduling import StepLimits
+from plait.scheduling import Preemption, StepLimits
 from plait.session import (
     FinishReason,
     GenerationRequest,
@@ -97,7 +97,7 @@ class LLM:
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2048,
         policy: str = "paged",
-        preemption: str = "auto",
+        preemption: Preemption = "auto",
         enable_prefix_caching: bool = True,
         threads: int = 0,
     ) -> None:
@@ -167,15 +167,15 @@ class LLM:
         """
         listed = [_as_prompt(prompt) for prompt in _as_list(prompts)]
         params = self._params_for(listed, sampling_params)
-        requests: list[GenerationRequest] = []
-        texts: dict[RequestId, str | None] = {}
-        for prompt, sampling in zip(listed, params, strict=True):
-            id = RequestId(f"{next(self._request_numbers)}")
-            texts[id] = prompt if isinstance(prompt, str) else None
-            token_ids = tuple(self._engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
-            requests.append(GenerationRequest(id=id, prompt_token_ids=token_ids, sampling=sampling))
-        answers = self._run(requests)
-        return [self._output(request, texts[request.id], answers[request.id]) for request in requests]
+        encode = self._engine.tokenizer.encode
+        return self._answer(
+            [
+                _Asked(prompt, tuple(encode(prompt)), sampling)
+                if isinstance(prompt, str)
+                else _Asked(None, tuple(prompt), sampling)
+                for prompt, sampling in zip(listed, params, strict=True)
+            ]
+        )
 
     def chat(
         self,
@@ -185,10 +185,9 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> RequestOutput:
         """Answer a conversation through the model's own chat template."""
-        tokenizer = self._engine.tokenizer
-        prompt = tokenizer.render_chat(messages, tools=tools, add_generation_prompt=True)
-        token_ids = tokenizer.encode(prompt, add_special_tokens=False)
-        return self.generate(token_ids, sampling_params)[0]
+        token_ids = self._engine.tokenizer.encode_chat(messages, tools=tools, add_generation_prompt=True)
+        asked = _Asked(None, tuple(token_ids), sampling_params or SamplingParams(), is_chat=True)
+        return self._answer([asked])[0]
 
     def logits(self, token_ids: Sequence[int]) -> Float[Tensor, "tokens vocab"]:
         """The model's logits at every position of `token_ids`, float32, through the engine's own paged path."""
@@ -206,8 +205,17 @@ class LLM:
             )
         return params
 
-    def _run(self, requests: Sequence[GenerationRequest]) -> dict[RequestId, list[RequestDelta]]:
+    def _answer(self, asked: Sequence["_Asked"]) -> list[RequestOutput]:
         engine = self._engine
+        requests = [
+            GenerationRequest(
+                id=RequestId(f"{next(self._request_numbers)}"),
+                prompt_token_ids=item.token_ids,
+                sampling=item.sampling,
+                continues_text=not item.is_chat,
+            )
+            for item in asked
+        ]
         deltas: dict[RequestId, list[RequestDelta]] = {request.id: [] for request in requests}
         try:
             for request in requests:
@@ -217,10 +225,16 @@ class LLM:
                     deltas[delta.request_id].append(delta)
                 for _, failure in engine.take_failures():
                     raise failure
+        except BaseException:
+            engine.abort_running()
+            raise
         finally:
             for request in requests:
                 engine.abort(request.id)
-        return deltas
+        return [
+            self._output(request, item.prompt, deltas[request.id])
+            for item, request in zip(asked, requests, strict=True)
+        ]
 
     def _output(
         self, request: GenerationRequest, prompt: str | None, deltas: Sequence[RequestDelta]
@@ -263,6 +277,16 @@ class LLM:
             text = self._engine.tokenizer.decode([chosen.token_id])
             by_token[chosen.token_id] = Logprob(chosen.logprob, None, text)
         return by_token
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One prompt, encoded."""
+
+    prompt: str | None
+    token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    is_chat: bool = False
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

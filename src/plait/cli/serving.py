@@ -116,7 +116,7 @@ async def serve_until(
     )
     app = create_app(engine, gateway_options(settings, api_key_hashes=api_key_hashes))
     # Leaving the engine ends what still runs with an error that says so, which the server then sends.
-    async with _http_server(app, listener, debug=settings.log.level == "debug"), engine:
+    async with _http_server(app, listener), engine:
         await _first_of(stopped.wait(), _show_loading(engine))
         if engine.state == "loading":
             _end_process(0)
@@ -207,7 +207,7 @@ def run_async(main: Coroutine[Any, Any, None]) -> None:
 
 
 @asynccontextmanager
-async def _http_server(app: "FastAPI", listener: Listener, *, debug: bool) -> AsyncGenerator[None]:
+async def _http_server(app: "FastAPI", listener: Listener) -> AsyncGenerator[None]:
     import uvicorn
 
     from plait.gateway import HttpProtocol
@@ -225,7 +225,7 @@ async def _http_server(app: "FastAPI", listener: Listener, *, debug: bool) -> As
             ws="none",
             lifespan="on",
             log_config=None,
-            access_log=debug,
+            access_log=False,
             server_header=False,
             backlog=BACKLOG,
             timeout_graceful_shutdown=LAST_BYTES_S,

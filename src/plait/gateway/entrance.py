@@ -23,6 +23,8 @@ from plait.metrics import ServingMetrics
 log = logging.getLogger("plait.access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+_POLLED = frozenset({"/status", "/health", "/healthz", "/readyz", "/metrics"})
+"""Asked every few seconds by pages and monitors: their successes are of no interest in a log."""
 _CLIENT_GONE = 499
 """nginx's status for a client that left before its answer; it is only ever logged."""
 
@@ -172,7 +174,8 @@ def _request_id(headers: Sequence[tuple[bytes, bytes]]) -> str:
 
 
 def _log_access(scope: Scope, status: int, seconds: float) -> None:
-    if not log.isEnabledFor(logging.INFO):
+    level = logging.DEBUG if scope["path"] in _POLLED and status < 400 else logging.INFO
+    if not log.isEnabledFor(level):
         return
     client = scope.get("client")
     fields = {
@@ -186,4 +189,4 @@ def _log_access(scope: Scope, status: int, seconds: float) -> None:
         "response_id": scope.get("plait.response_id", "-"),
         "outcome": scope.get("plait.outcome", "ok" if status < 400 else "refused"),
     }
-    log.info(" ".join(f"{name}={value}" for name, value in fields.items()))
+    log.log(level, " ".join(f"{name}={value}" for name, value in fields.items()))

@@ -11,7 +11,7 @@ PAGE_FOLDER = Path(__file__).parent / "page"
 _HEADERS = {
     "cache-control": "no-cache",
     "content-security-policy": (
-        "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+        "default-src 'self'; style-src 'self'; img-src 'self' data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "referrer-policy": "no-referrer",

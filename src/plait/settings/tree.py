@@ -163,7 +163,11 @@ class SchedulingSettings(Section):
         2048, "Most tokens in one step.", unit="tokens", flag="--max-num-batched-tokens", ge=1, le=2**20
     )
     max_waiting: int = setting(
-        1024, "Most requests that wait; one more is refused with 429.", unit="requests", ge=1
+        1024,
+        "Most requests that wait; one more is refused with 429.",
+        unit="requests",
+        flag="--max-waiting",
+        ge=1,
     )
     long_prefill_tokens: int | None = setting(
         None, "Most tokens of one prompt in one step; without it the step's budget.", unit="tokens", ge=1

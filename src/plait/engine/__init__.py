@@ -7,6 +7,7 @@ decoder.py         one configurable forward pass; attention.py, moe.py, rotary.p
 kv_store.py        the memory of KV blocks
 tokenizer.py       text to tokens; chat_template.py, detokenizer.py
 sampling.py        logits to tokens; beam.py, constraints.py
+live.py            a request in the works: what a new token means for it
 engine.py          the loop over all of these, one step at a time
 build.py           an engine from options.py
 """

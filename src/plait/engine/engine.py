@@ -11,36 +11,21 @@ detokenizer (what was shown).
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 
-from plait.engine.beam import BeamOptions, BeamSearch, advance_beams, best_beams
-from plait.engine.constraints import ConstraintCompiler, Matcher
+from plait.engine.constraints import ConstraintCompiler
 from plait.engine.decoder import Decoder, SequenceChunk
 from plait.engine.detokenizer import IncrementalDetokenizer
 from plait.engine.kv_store import KvStore
-from plait.engine.sampling import (
-    SampledToken,
-    SamplingRow,
-    position_logprobs,
-    sample_rows,
-    top_candidates,
-)
+from plait.engine.live import BeamProgress, LiveRequest, LiveSequence
+from plait.engine.sampling import SampledToken, SamplingRow, position_logprobs, sample_rows, top_candidates
 from plait.engine.tokenizer import Tokenizer
 from plait.errors import BadRequest, EngineFailure, ServingError
 from plait.ids import RequestId
 from plait.scheduling import KvUsage, NewRequest, ScheduledChunk, ScheduledStep, Scheduler
-from plait.session import (
-    FinishReason,
-    GenerationRequest,
-    PositionLogprobs,
-    RequestDelta,
-    RequestTiming,
-    SamplingParams,
-    SequenceDelta,
-    TokenLogprob,
-)
+from plait.session import GenerationRequest, RequestDelta, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,48 +46,6 @@ class EngineStatus:
     preemptions_total: int = 0
     prefix_query_tokens_total: int = 0
     prefix_hit_tokens_total: int = 0
-
-
-@dataclass(slots=True)
-class LiveSequence:
-    """One token stream that is being generated."""
-
-    index: int
-    detokenizer: IncrementalDetokenizer
-    matcher: Matcher | None
-    output_token_ids: list[int] = field(default_factory=list[int])
-    sent_tokens: int = 0
-    unsent_text: str = ""
-    cumulative_logprob: float = 0.0
-    logprobs: list[PositionLogprobs] = field(default_factory=list[PositionLogprobs])
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-
-
-@dataclass(slots=True)
-class LiveRequest:
-    """A request between `add` and its last delta."""
-
-    request: GenerationRequest
-    sampling: SamplingParams
-    seed: int
-    max_new_tokens: int
-    stop_token_ids: frozenset[int]
-    row_params: SamplingParams
-    """`sampling` with what the engine itself needs: log-probabilities when sequences are ranked at the end."""
-    ranked: bool
-    rope_tokens: int
-    sequences: list[LiveSequence]
-    arrived_s: float
-    beam: BeamSearch | None = None
-    beam_options: BeamOptions | None = None
-    beam_candidates: dict[int, list[TokenLogprob]] = field(default_factory=dict[int, list[TokenLogprob]])
-    forked: bool = False
-    cached_tokens: int = 0
-    scheduled_s: float = 0.0
-    first_token_s: float = 0.0
-    prompt_logprobs: list[PositionLogprobs | None] = field(default_factory=list[PositionLogprobs | None])
-    prompt_logprobs_sent: bool = False
 
 
 class Engine:
@@ -158,32 +101,8 @@ class Engine:
             BadRequest: it can never run on this model.
             NoCapacity: the waiting queue is full.
         """
-        sampling, prompt = request.sampling, request.prompt_token_ids
-        if request.id in self._live:
-            raise BadRequest(f"request id {request.id!r} is already running", param="request_id")
-        if not prompt:
-            raise BadRequest("the prompt is empty; give at least one token", param="prompt")
-        if max(prompt) >= self._decoder.spec.vocab_tokens or min(prompt) < 0:
-            raise BadRequest(
-                f"prompt token ids must be between 0 and {self._decoder.spec.vocab_tokens - 1}",
-                param="prompt",
-            )
-        room_tokens = self.max_model_tokens - len(prompt)
-        if room_tokens < 1:
-            raise BadRequest(
-                f"the prompt has {len(prompt)} tokens and this model's context is {self.max_model_tokens} tokens, "
-                "prompt and answer together; shorten the prompt",
-                param="prompt",
-            )
-        for token_id in sampling.logit_bias or ():
-            if token_id >= self._decoder.spec.vocab_tokens:
-                raise BadRequest(
-                    f"logit_bias names token {token_id}, beyond the vocabulary", param="logit_bias"
-                )
-        matcher = self._constraints.matcher(sampling.constraint) if sampling.constraint else None
-        max_new_tokens = min(sampling.max_tokens or room_tokens, room_tokens)
-        ranked = sampling.beam_width > 0 or (sampling.best_of or sampling.n) > sampling.n
-        stop_token_ids = frozenset(sampling.stop_token_ids or ())
+        room_tokens = self._check_prompt(request)
+        sampling = request.sampling
         detokenizer = IncrementalDetokenizer(
             self.tokenizer,
             stop_strings=sampling.stop_strings,
@@ -191,41 +110,51 @@ class Engine:
             skip_special_tokens=sampling.skip_special_tokens,
             continues_text=request.continues_text,
         )
-        max_sequence_tokens = len(prompt) + max_new_tokens
+        matcher = self._constraints.matcher(sampling.constraint) if sampling.constraint else None
         live = LiveRequest(
             request=request,
-            sampling=sampling,
             seed=self._seed_of(sampling),
-            max_new_tokens=max_new_tokens,
-            stop_token_ids=stop_token_ids if sampling.ignore_eos else stop_token_ids | self._eos_token_ids,
-            row_params=replace(sampling, logprobs=sampling.logprobs or 0) if ranked else sampling,
-            ranked=ranked,
-            rope_tokens=max_sequence_tokens,
-            sequences=[LiveSequence(index=0, detokenizer=detokenizer, matcher=matcher)],
+            max_new_tokens=min(sampling.max_tokens or room_tokens, room_tokens),
+            eos_token_ids=self._eos_token_ids,
             arrived_s=self._clock(),
+            sequences=[LiveSequence(index=0, detokenizer=detokenizer, matcher=matcher)],
         )
-        if sampling.beam_width:
-            live.beam = BeamSearch()
-            live.beam_options = BeamOptions(
-                width=sampling.beam_width,
-                max_tokens=max_new_tokens,
-                end_token_ids=live.stop_token_ids,
-                length_penalty=sampling.length_penalty,
-                min_tokens=sampling.min_tokens,
-            )
         self._scheduler.submit(
             NewRequest(
                 id=request.id,
-                token_ids=list(prompt),
-                max_sequence_tokens=max_sequence_tokens,
+                token_ids=list(request.prompt_token_ids),
+                max_sequence_tokens=live.max_sequence_tokens,
                 fan_out=sampling.sequences,
                 priority=request.priority,
-                namespace=self._namespace_of(request, max_sequence_tokens),
+                namespace=self._namespace_of(request, live.max_sequence_tokens),
                 reuse_prefix=self._prefix_caching and sampling.prompt_logprobs is None,
             )
         )
         self._live[request.id] = live
         self._added += 1
+
+    def _check_prompt(self, request: GenerationRequest) -> int:
+        """Refuse what the model cannot take; returns the tokens left for an answer."""
+        prompt, vocab_tokens = request.prompt_token_ids, self._decoder.spec.vocab_tokens
+        if request.id in self._live:
+            raise BadRequest(f"request id {request.id!r} is already running", param="request_id")
+        if not prompt:
+            raise BadRequest("the prompt is empty; give at least one token", param="prompt")
+        if max(prompt) >= vocab_tokens or min(prompt) < 0:
+            raise BadRequest(f"prompt token ids must be between 0 and {vocab_tokens - 1}", param="prompt")
+        room_tokens = self.max_model_tokens - len(prompt)
+        if room_tokens < 1:
+            raise BadRequest(
+                f"the prompt has {len(prompt)} tokens and this model's context is {self.max_model_tokens} tokens, "
+                "prompt and answer together; shorten the prompt",
+                param="prompt",
+            )
+        for token_id in request.sampling.logit_bias or ():
+            if token_id >= vocab_tokens:
+                raise BadRequest(
+                    f"logit_bias names token {token_id}, beyond the vocabulary", param="logit_bias"
+                )
+        return room_tokens
 
     def abort(self, id: RequestId) -> None:
         """Forget a request and free all it held, now; an unknown or finished one is no error."""
@@ -270,7 +199,7 @@ class Engine:
             self._steps += 1
             self._step_tokens += step.tokens
             gained = self._take_logits(step.chunks, logits)
-        return [delta for live in gained if (delta := self._delta(live)) is not None]
+        return self._deltas(gained)
 
     def prompt_logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Logits of every position of a prompt, float32 [tokens, vocab], through the same paged path.
@@ -348,19 +277,9 @@ class Engine:
             start=chunk.start,
             token_ids=token_ids[chunk.start : chunk.start + chunk.tokens],
             kv_blocks=chunk.kv_blocks,
-            rope_tokens=live.rope_tokens,
-            logit_rows=self._logit_rows(live, chunk),
+            rope_tokens=live.max_sequence_tokens,
+            logit_rows=_logit_rows(live, chunk),
         )
-
-    def _logit_rows(self, live: LiveRequest, chunk: ScheduledChunk) -> int:
-        """All rows while prompt log-probabilities are still due, else the last if it will be sampled."""
-        if self._wants_prompt_rows(live):
-            return chunk.tokens
-        return 1 if chunk.samples else 0
-
-    def _wants_prompt_rows(self, live: LiveRequest) -> bool:
-        asked = live.sampling.prompt_logprobs is not None
-        return asked and len(live.prompt_logprobs) < len(live.request.prompt_token_ids)
 
     def _take_logits(self, chunks: Sequence[ScheduledChunk], logits: torch.Tensor) -> list[LiveRequest]:
         """Sample every row that is due; returns the requests that gained something, in batch order."""
@@ -371,8 +290,8 @@ class Engine:
         first_row = 0
         for chunk in chunks:
             live = self._live[chunk.request_id]
-            row_count = self._logit_rows(live, chunk)
-            if row_count and self._wants_prompt_rows(live):
+            row_count = _logit_rows(live, chunk)
+            if live.wants_prompt_rows:
                 self._take_prompt_logprobs(live, chunk, logits[first_row : first_row + row_count])
             first_row += row_count
             if not chunk.samples:
@@ -380,15 +299,16 @@ class Engine:
             last_row = first_row - 1
             gained.append(live)
             if live.beam is not None:
-                self._take_beam_row(live, chunk.sequence, logits[last_row])
+                self._take_beam_row(live, live.beam, chunk.sequence, logits[last_row])
                 continue
-            if not live.forked and live.sampling.sequences > 1:
-                self._fan_out(live)
-                sequences = live.sequences
-            else:
+            if live.fanned_out:
                 sequences = [live.sequences[chunk.sequence]]
+            else:
+                live.fan_out()
+                self._scheduler.fork(live.request.id, (0,) * len(live.sequences))
+                sequences = live.sequences
             for sequence in sequences:
-                rows.append(self._sampling_row(live, sequence))
+                rows.append(live.sampling_row(sequence))
                 row_logits.append(last_row)
                 owners.append((live, sequence))
         if rows:
@@ -399,18 +319,6 @@ class Engine:
                     self._append(live, sequence, token)
         unique = dict.fromkeys(live.request.id for live in gained)
         return [self._live[id] for id in unique if id in self._live]
-
-    def _sampling_row(self, live: LiveRequest, sequence: LiveSequence) -> SamplingRow:
-        return SamplingRow(
-            params=live.row_params,
-            seed=live.seed,
-            position=len(live.request.prompt_token_ids) + len(sequence.output_token_ids),
-            sample_index=sequence.index,
-            prompt_token_ids=live.request.prompt_token_ids,
-            output_token_ids=sequence.output_token_ids,
-            stop_token_ids=live.stop_token_ids,
-            allowed=sequence.matcher.allowed() if sequence.matcher is not None else None,
-        )
 
     def _sample(
         self,
@@ -437,20 +345,6 @@ class Engine:
             self.abort(live.request.id)
             self._failures.append((live.request.id, failure))
 
-    def _fan_out(self, live: LiveRequest) -> None:
-        """The prompt is computed: n samples go on from it, sharing its blocks."""
-        first = live.sequences[0]
-        live.sequences = [
-            LiveSequence(
-                index=index,
-                detokenizer=first.detokenizer.fork(),
-                matcher=first.matcher.fork() if first.matcher is not None else None,
-            )
-            for index in range(live.sampling.sequences)
-        ]
-        live.forked = True
-        self._scheduler.fork(live.request.id, (0,) * live.sampling.sequences)
-
     def _take_prompt_logprobs(self, live: LiveRequest, chunk: ScheduledChunk, logits: torch.Tensor) -> None:
         """Row i of the chunk predicts token start + i + 1; positions seen before a preemption are skipped."""
         prompt = live.request.prompt_token_ids
@@ -468,159 +362,50 @@ class Engine:
                 position_logprobs(logits[first:last], targets, [count] * len(targets))
             )
 
-    # -- what a token means for its sequence -----------------------------------------------------------
-
     def _append(self, live: LiveRequest, sequence: LiveSequence, token: SampledToken) -> None:
-        if live.request.id not in self._live:
+        if live.request.id not in self._live:  # a sibling's failure ended the request in this step
             return
-        token_id = token.token_id
-        if not live.first_token_s:
-            live.first_token_s = self._clock()
-        sequence.output_token_ids.append(token_id)
+        live.first_token_s = live.first_token_s or self._clock()
         self._generated_tokens += 1
-        if token.logprobs is not None:
-            sequence.logprobs.append(token.logprobs)
-            sequence.cumulative_logprob += token.logprobs.chosen.logprob
-        if sequence.matcher is not None and token_id not in live.stop_token_ids:
-            sequence.matcher.accept(token_id)
-        self._end_or_continue(live, sequence, token_id)
+        live.take_token(sequence, token)
         if sequence.finish_reason is None:
-            self._scheduler.append(live.request.id, sequence.index, token_id)
+            self._scheduler.append(live.request.id, sequence.index, token.token_id)
         else:
             self._scheduler.finish_sequence(live.request.id, sequence.index)
 
-    def _end_or_continue(self, live: LiveRequest, sequence: LiveSequence, token_id: int) -> None:
-        params = live.sampling
-        detokenizer = sequence.detokenizer
-        if token_id in live.stop_token_ids:
-            sequence.finish_reason = "stop"
-            if token_id not in self._eos_token_ids or token_id in (params.stop_token_ids or ()):
-                sequence.stop_reason = token_id
-                if params.include_stop_str_in_output:
-                    sequence.unsent_text += detokenizer.push([token_id], match_stops=False)[0]
-        else:
-            may_stop = len(sequence.output_token_ids) >= params.min_tokens
-            text, stop_string = detokenizer.push([token_id], match_stops=may_stop)
-            sequence.unsent_text += text
-            if stop_string is not None:
-                sequence.finish_reason, sequence.stop_reason = "stop", stop_string
-            elif sequence.matcher is not None and sequence.matcher.is_finished:
-                sequence.finish_reason = "stop"
-            elif len(sequence.output_token_ids) >= live.max_new_tokens:
-                sequence.finish_reason = "length"
-        if sequence.finish_reason is not None and detokenizer.stop_string is None:
-            sequence.unsent_text += detokenizer.flush()
-            if detokenizer.stop_string is not None:
-                sequence.finish_reason, sequence.stop_reason = "stop", detokenizer.stop_string
-
-    # -- beam search -----------------------------------------------------------------------------------
-
-    def _take_beam_row(self, live: LiveRequest, sequence: int, logits: torch.Tensor) -> None:
-        """Keep the candidates of one beam; once every beam has some, choose the survivors."""
-        assert live.beam is not None
-        assert live.beam_options is not None
+    def _take_beam_row(
+        self, live: LiveRequest, beam: BeamProgress, sequence: int, logits: torch.Tensor
+    ) -> None:
+        """Offer the candidates of one beam; its last one chooses the survivors, which then share blocks."""
         in_vocab = logits[None, : self.tokenizer.vocab_tokens]
-        live.beam_candidates[sequence] = top_candidates(in_vocab, live.beam_options.candidates_per_beam)[0]
-        # The beams of a request step together, but their rows arrive one by one.
-        if len(live.beam_candidates) < len(live.beam.beams):
+        parents = beam.offer(sequence, top_candidates(in_vocab, beam.options.candidates_per_beam)[0])
+        if parents is None:
             return
-        candidates = [live.beam_candidates[index] for index in range(len(live.beam.beams))]
-        live.beam_candidates = {}
-        live.beam, parents = advance_beams(live.beam, candidates, live.beam_options)
-        if not live.first_token_s:
-            live.first_token_s = self._clock()
+        live.first_token_s = live.first_token_s or self._clock()
         self._generated_tokens += len(parents)
-        if live.beam.done:
-            if live.beam.finished:
-                live.sequences = self._best_beams(live, live.beam)
-            else:
-                self._fail(
-                    live, EngineFailure("beam search found no possible token: the logits are not finite")
-                )
-            return
-        self._scheduler.fork(live.request.id, parents)
-        for index, beam in enumerate(live.beam.beams):
-            self._scheduler.append(live.request.id, index, beam.token_ids[-1])
+        if not beam.search.done:
+            self._scheduler.fork(live.request.id, parents)
+            for index, survivor in enumerate(beam.search.beams):
+                self._scheduler.append(live.request.id, index, survivor.token_ids[-1])
+        elif beam.search.finished:
+            live.take_beams(beam.search)
+        else:
+            self._fail(live, EngineFailure("beam search found no possible token: the logits are not finite"))
 
-    def _best_beams(self, live: LiveRequest, search: BeamSearch) -> list[LiveSequence]:
-        """The winning hypotheses, best first, as sequences that are all unsent."""
-        unused = live.sequences[0].detokenizer
-        sequences: list[LiveSequence] = []
-        for index, hypothesis in enumerate(best_beams(search, live.sampling.n)):
-            beam = hypothesis.beam
-            detokenizer = unused.fork()
-            shown = beam.token_ids[:-1] if hypothesis.ended else beam.token_ids
-            sequences.append(
-                LiveSequence(
-                    index=index,
-                    detokenizer=detokenizer,
-                    matcher=None,
-                    output_token_ids=list(beam.token_ids),
-                    unsent_text=detokenizer.push(shown)[0] + detokenizer.flush(),
-                    logprobs=[
-                        PositionLogprobs(TokenLogprob(token_id, logprob), ())
-                        for token_id, logprob in zip(beam.token_ids, beam.token_logprobs, strict=True)
-                    ],
-                    finish_reason="stop" if hypothesis.ended else "length",
-                )
-            )
-        return sequences
+    def _deltas(self, gained: Sequence[LiveRequest]) -> list[RequestDelta]:
+        deltas: list[RequestDelta] = []
+        for live in gained:
+            delta = live.take_delta(self._clock())
+            if delta is not None:
+                deltas.append(delta)
+                if delta.finished:
+                    self._scheduler.finish(live.request.id)
+                    del self._live[live.request.id]
+        return deltas
 
-    # -- deltas ----------------------------------------------------------------------------------------
 
-    def _delta(self, live: LiveRequest) -> RequestDelta | None:
-        """What a request's reader is to be told after a step; ends the request when all its sequences have."""
-        finished = all(sequence.finish_reason is not None for sequence in live.sequences)
-        if live.ranked:
-            if not finished:
-                return None
-            if live.beam is None:
-                live.sequences = self._winners(live)
-        sequences = tuple(
-            self._sequence_delta(live, sequence)
-            for sequence in live.sequences
-            if len(sequence.output_token_ids) > sequence.sent_tokens
-        )
-        prompt_logprobs = None
-        if live.prompt_logprobs and not live.prompt_logprobs_sent:
-            live.prompt_logprobs_sent = True
-            prompt_logprobs = tuple(live.prompt_logprobs)
-        timing = None
-        if finished:
-            self._scheduler.finish(live.request.id)
-            del self._live[live.request.id]
-            timing = RequestTiming(live.arrived_s, live.scheduled_s, live.first_token_s, self._clock())
-        return RequestDelta(
-            request_id=live.request.id,
-            sequences=sequences,
-            finished=finished,
-            prompt_tokens=len(live.request.prompt_token_ids),
-            cached_tokens=live.cached_tokens,
-            prompt_logprobs=prompt_logprobs,
-            timing=timing,
-        )
-
-    def _sequence_delta(self, live: LiveRequest, sequence: LiveSequence) -> SequenceDelta:
-        first, text = sequence.sent_tokens, sequence.unsent_text
-        sequence.sent_tokens, sequence.unsent_text = len(sequence.output_token_ids), ""
-        return SequenceDelta(
-            index=sequence.index,
-            token_ids=tuple(sequence.output_token_ids[first:]),
-            text=text,
-            logprobs=None if live.sampling.logprobs is None else tuple(sequence.logprobs[first:]),
-            finish_reason=sequence.finish_reason,
-            stop_reason=sequence.stop_reason,
-        )
-
-    def _winners(self, live: LiveRequest) -> list[LiveSequence]:
-        """The best n sequences, best first, numbered anew: `best_of` by mean log-probability."""
-        ranked = sorted(
-            live.sequences,
-            key=lambda sequence: (
-                -sequence.cumulative_logprob / len(sequence.output_token_ids),
-                sequence.index,
-            ),
-        )[: live.sampling.n]
-        for index, sequence in enumerate(ranked):
-            sequence.index = index
-        return ranked
+def _logit_rows(live: LiveRequest, chunk: ScheduledChunk) -> int:
+    """All rows while log-probabilities of the prompt are still due, else the last if it will be sampled."""
+    if live.wants_prompt_rows:
+        return chunk.tokens
+    return 1 if chunk.samples else 0

@@ -1,8 +1,10 @@
 """The command as a whole: help, versions, exit codes, and what it costs to start."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from running_plait import InProcess
@@ -23,6 +25,7 @@ VERBS = (
     "bench",
     "token",
 )
+PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 
 
 def test_help_lists_every_verb(plait: InProcess) -> None:
@@ -35,6 +38,16 @@ def test_every_verb_has_help(verb: str, plait: InProcess) -> None:
     result = plait(*verb.split(), "--help")
     assert result.exit_code == 0
     assert "Usage:" in result.stdout
+
+
+def test_the_page_in_docs_names_every_verb_and_no_flag_that_is_not_there(plait: InProcess) -> None:
+    page = PAGE.read_text()
+    named = set(re.findall(r"`plait ([a-z]+(?: serve| new)?)", page))
+    assert {verb.split()[0] for verb in named} == set(VERBS)
+    helps = [plait(*verb.split(), "--help", COLUMNS="300") for verb in named] + [plait("--help")]
+    assert all(said.exit_code == 0 for said in helps)
+    flags = {flag for said in helps for flag in re.findall(r"--[a-z][a-z-]+", said.stdout)}
+    assert set(re.findall(r"--[a-z][a-z-]+", page)) <= flags
 
 
 def test_serve_has_the_flag_of_every_setting_that_names_one(plait: InProcess) -> None:

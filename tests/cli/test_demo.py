@@ -5,7 +5,7 @@ import socket
 
 import httpx
 import pytest
-from running_plait import RunningPlait
+from running_plait import InProcess, RunningPlait
 
 
 def test_it_asks_itself_one_question_and_stays_up(environment: dict[str, str]) -> None:
@@ -32,3 +32,23 @@ def test_ctrl_c_during_the_answer_ends_it(environment: dict[str, str]) -> None:
         demo.wait_for("asking tiny through")
         demo.signal(signal.SIGINT)
         assert demo.wait() == 0
+
+
+@pytest.mark.slow
+def test_a_key_of_the_settings_is_presented_and_asked_for(environment: dict[str, str]) -> None:
+    with RunningPlait(
+        "demo", "--port", "0", environment=environment | {"PLAIT_SERVER__API_KEYS": "sk-own"}
+    ) as demo:
+        demo.wait_for("tokens in ")
+        demo.wait_for("Ctrl-C stops")
+        assert httpx.get(demo.origin + "/v1/models").status_code == 401
+        assert "export OPENAI_API_KEY=YOUR_KEY" in demo.said
+        assert "sk-own" not in demo.said
+        demo.signal(signal.SIGINT)
+        assert demo.wait() == 0
+
+
+def test_it_does_not_listen_to_other_machines(plait: InProcess) -> None:
+    result = plait("demo", "--host", "0.0.0.0")
+    assert result.exit_code == 2
+    assert "use plait serve" in result.stderr

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 import zoo
+from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import BLOCK_TOKENS, Paged, chunk, difference, prompt
 
 from plait.engine.attention import CPU_GROUP_BYTES, Reach, SequencePlace, plan_attention
@@ -99,6 +100,35 @@ def test_hundreds_of_decoding_sequences_take_few_attention_calls(tiny_checkpoint
     real_pages = sum(-(-(start + 1) // BLOCK_TOKENS) for start in starts)
     gathered_pages = sum(group.pages.numel() // paged.store.pages_per_layer for group in groups)
     assert gathered_pages < 1.3 * real_pages
+
+
+class LinearCalls(TorchDispatchMode):
+    """Counts the multiplications of a step that read a weight: those of two matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (
+            torch.ops.aten.linear,
+            torch.ops.aten.mm,
+            torch.ops.aten.addmm,
+        )
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_each_weight_once_however_many_sequences_share_it(tiny_checkpoints):
+    tiny = tiny_checkpoints("llama")
+    paged = Paged(tiny.decoder)
+    counts = []
+    for sequences in (1, 9):
+        chunks = [chunk(ids := prompt(20, seed=n), 0, len(ids), paged.table(20)) for n in range(sequences)]
+        with LinearCalls() as calls:
+            paged.run(*chunks)
+        counts.append(calls.count)
+    # Queries, keys and values are one matrix, gates and ups another; the head is the last.
+    assert counts == [4 * len(tiny.checkpoint.spec.blocks) + 1] * 2
 
 
 def test_a_large_context_is_gathered_in_pieces_of_bounded_size(tiny_checkpoints):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sync_playwright
 
 import plait.gateway
 from plait.engine import EngineOptions
@@ -26,8 +26,8 @@ QUIET = (
 )
 DESK = {"width": 1440, "height": 900}
 PHONE = {"width": 360, "height": 740}
-# Answers of nearly random tokens, which no model ends soon.
 NOISE = {"temperature": "2", "seed": "1"}
+"""Settings for which the pages of this test also ask the server to ignore the end token: answers are long."""
 
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (apt-get install chromium)")
 
@@ -51,6 +51,8 @@ def open_page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Call
         if settings is not None:
             kept = json.dumps(json.dumps(settings))
             contexts[-1].add_init_script(f"localStorage.setItem('plait-settings', {kept})")
+        if settings is NOISE:
+            contexts[-1].route("**/v1/chat/completions", _without_end)
         page = contexts[-1].new_page()
         page.goto(url)
         return page
@@ -61,6 +63,11 @@ def open_page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Call
             name = re.sub(r"\W+", "-", request.node.name)
             context.pages[0].screenshot(path=ARTIFACTS / f"{name}-{number}.png")
         context.close()
+
+
+def _without_end(route: Route) -> None:
+    body = json.loads(route.request.post_data or "{}")
+    route.continue_(post_data=json.dumps(body | {"ignore_eos": True}))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ class Counts:
     kv_blocks_used: int = 25
     kv_blocks_total: int = 100
     kv_blocks_cached: int = 5
+    block_tokens: int = 16
     steps_total: int = 0
     step_tokens_total: int = 0
     prompt_tokens_total: int = 70

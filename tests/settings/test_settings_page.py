@@ -12,6 +12,13 @@ def test_the_page_in_docs_is_current() -> None:
     assert written == settings_page(), "write it anew: plait settings --markdown > docs/settings.md"
 
 
+def test_the_example_of_the_page_is_a_settings_file(tmp_path: Path) -> None:
+    example = (DOCS / "settings.md").read_text().split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "plait.yaml").write_text(example)
+    settings = load_settings(file=tmp_path / "plait.yaml")
+    assert (settings.kvcache.memory, settings.server.port) == (2 * 2**30, 8001)
+
+
 def test_the_page_has_every_setting_once() -> None:
     page = settings_page()
     for fact in setting_facts():

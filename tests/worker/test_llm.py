@@ -147,6 +147,21 @@ def test_logits_are_those_of_transformers() -> None:
     assert (found - expected).abs().max() < 1e-4 * expected.std()
 
 
+def test_bfloat16_moves_only_what_is_nearly_a_tie() -> None:
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    ids = _encode((TINY / "MODEL_CARD.md").read_text()[:1500])
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    with LLM("tiny", dtype="bfloat16", kv_cache_memory="16MiB", threads=1) as half:
+        found = half.logits(ids).log_softmax(-1)
+    assert (expected.exp() * (expected - found)).sum(-1).mean() < 1e-3
+    # One position in fifty has another favourite, for transformers' own bfloat16 too. A logit has steps of 1/16
+    # there, so float32 must have preferred its own by hardly more than that.
+    best, favourite = expected.max(-1).values, found.argmax(-1)
+    assert (favourite == expected.argmax(-1)).float().mean() > 0.95
+    assert (best - expected.gather(-1, favourite[:, None])[:, 0]).max() < 0.125
+
+
 def test_a_chat_goes_through_the_template() -> None:
     output = llm().chat(
         [{"role": "user", "content": "Hello, who are you?"}], SamplingParams(max_tokens=80, temperature=0.0)

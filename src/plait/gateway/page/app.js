@@ -140,7 +140,8 @@ function underLine(written, tally, finishReason) {
 
 function summary({ sentMs, firstMs, lastMs, tokens }) {
   if (firstMs === null) return { speed: null, firstTokenMs: null, tokens };
-  const speed = tokens > 1 && lastMs > firstMs ? (tokens - 1) / ((lastMs - firstMs) / 1000) : null;
+  // Tokens that came in one burst say nothing about speed.
+  const speed = lastMs - firstMs >= 50 ? (tokens - 1) / ((lastMs - firstMs) / 1000) : null;
   return { speed, firstTokenMs: firstMs - sentMs, tokens };
 }
 

@@ -1,8 +1,8 @@
 # The commands of this repository. Everything they install goes into .venv; nothing needs root.
 
 PYTHON ?= python3
-# A further package index, for torch: PyPI's Linux builds of it bring CUDA (gigabytes). pip prefers the builds marked
-# +cpu where it sees both; PyTorch's own index for them is https://download.pytorch.org/whl/cpu
+# A further package index, for torch: the default index's Linux builds of it may bring CUDA (gigabytes). pip prefers
+# the builds marked +cpu where it sees both; PyTorch's installation page names an index that has them.
 TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin

@@ -330,17 +330,17 @@ class Engine:
         vocab_limit = self.tokenizer.vocab_tokens
         try:
             return sample_rows(logits, rows, vocab_limit)
-        except EngineFailure:
+        except (BadRequest, EngineFailure):
             sampled: list[SampledToken | None] = []
             for index, row in enumerate(rows):
                 try:
                     sampled += sample_rows(logits[index : index + 1], [row], vocab_limit)
-                except EngineFailure as failure:
+                except (BadRequest, EngineFailure) as failure:
                     sampled.append(None)
                     self._fail(owners[index][0], failure)
             return sampled
 
-    def _fail(self, live: LiveRequest, failure: EngineFailure) -> None:
+    def _fail(self, live: LiveRequest, failure: ServingError) -> None:
         if live.request.id in self._live:
             self.abort(live.request.id)
             self._failures.append((live.request.id, failure))

@@ -84,7 +84,8 @@ def sample_rows(logits: Tensor, rows: Sequence[SamplingRow], vocab_limit: int) -
     are those of the unchanged logits over the ids below `vocab_limit`.
 
     Raises:
-        EngineFailure: a row has NaN or infinite logits, or its masks leave no token.
+        BadRequest: a row's constraint leaves no token, so its request has asked for what cannot be.
+        EngineFailure: a row has NaN or infinite logits.
     """
     raw = logits[:, :vocab_limit]
     processed = _apply_bias_penalties_masks(raw, rows)
@@ -199,11 +200,14 @@ def _check_sampleable(best: Tensor, rows: Sequence[SamplingRow]) -> None:
         return
     index = good.index(False)
     value = best[index].item()
-    masked = rows[index].allowed is not None and value == -np.inf
-    what = "its constraint allows no token or is too complex" if masked else f"the largest logit is {value}"
+    if rows[index].allowed is not None and value == -np.inf:
+        raise BadRequest(
+            f"at position {rows[index].position} the constraint of this answer allows no token, or has become too "
+            "complex to follow; simplify it"
+        )
     raise EngineFailure(
-        f"row {index} of {len(rows)} cannot be sampled at position {rows[index].position}: {what}; "
-        f"{good.count(False)} such rows in this step"
+        f"row {index} of {len(rows)} cannot be sampled at position {rows[index].position}: the largest logit is "
+        f"{value}; {good.count(False)} such rows in this step"
     )
 
 

@@ -10,6 +10,9 @@ from plait.errors import BadRequest
 MAX_SAMPLES = 128
 MAX_LOGPROBS = 64
 MAX_STOP_STRINGS = 16
+MAX_STOP_TOKEN_IDS = 1024
+# Nobody has a larger vocabulary, and everything that indexes with a token id can hold it.
+TOKEN_ID_LIMIT = 2**31
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +70,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop_strings", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        stop_token_ids = tuple(self.stop_token_ids or ())
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
         _check(1 <= self.n <= MAX_SAMPLES, "n", f"must be between 1 and {MAX_SAMPLES}", self.n)
@@ -79,7 +83,6 @@ class SamplingParams:
             good = isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
             _check(good, name, f"must be between {low} and {high}", value)
         _check(self.top_p > 0, "top_p", "must be above 0", self.top_p)
-        _check(self.repetition_penalty > 0, "repetition_penalty", "must be above 0", self.repetition_penalty)
         _check(self.top_k >= 0, "top_k", "must be 0 (off) or positive", self.top_k)
         if self.max_tokens is not None:
             _check(self.max_tokens >= 1, "max_tokens", "must be at least 1", self.max_tokens)
@@ -94,6 +97,11 @@ class SamplingParams:
                 _check(0 <= value <= MAX_LOGPROBS, name, f"must be between 0 and {MAX_LOGPROBS}", value)
         _check(len(stop) <= MAX_STOP_STRINGS, "stop", f"takes at most {MAX_STOP_STRINGS} strings", len(stop))
         _check(all(stop), "stop", "must not contain an empty string", self.stop)
+        few = len(stop_token_ids) <= MAX_STOP_TOKEN_IDS
+        _check(few, "stop_token_ids", f"takes at most {MAX_STOP_TOKEN_IDS} ids", len(stop_token_ids))
+        for token_id in stop_token_ids:
+            good = 0 <= token_id < TOKEN_ID_LIMIT
+            _check(good, "stop_token_ids", f"must be between 0 and {TOKEN_ID_LIMIT - 1}", token_id)
         for token_id, bias in (self.logit_bias or {}).items():
             good = math.isfinite(bias) and -100 <= bias <= 100 and token_id >= 0
             _check(good, "logit_bias", "maps token ids to numbers between -100 and 100", {token_id: bias})
@@ -116,6 +124,9 @@ class SamplingParams:
         return self.temperature < GREEDY_BELOW
 
 
+# Dividing float32 logits by less may overflow.
+MIN_REPETITION_PENALTY = 0.01
+
 # Below this temperature dividing float32 logits may overflow; vLLM draws the same line at 1e-5.
 GREEDY_BELOW = 1e-5
 
@@ -123,7 +134,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("temperature", 0.0, 100.0),
     ("top_p", 0.0, 1.0),
     ("min_p", 0.0, 1.0),
-    ("repetition_penalty", 0.0, 100.0),
+    ("repetition_penalty", MIN_REPETITION_PENALTY, 100.0),
     ("presence_penalty", -2.0, 2.0),
     ("frequency_penalty", -2.0, 2.0),
     ("beam_width", 0, MAX_SAMPLES),

@@ -301,6 +301,11 @@ class AsyncEngine:
                         engine.add(request)
                     except ServingError as error:
                         sent.append((request.id, error))
+                    except Exception as error:
+                        # A request that nobody foresaw ends alone.
+                        log.exception("a request could not be added")
+                        failure = f"the engine could not take this request: {type(error).__name__}: {error}"
+                        sent.append((request.id, EngineFailure(failure)))
                 case _Abort(id):
                     engine.abort(id)
                     self._status = engine.status()

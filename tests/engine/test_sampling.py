@@ -26,7 +26,7 @@ from plait.engine.sampling import (
     top_candidates,
     uniform_bits,
 )
-from plait.errors import EngineFailure
+from plait.errors import BadRequest, EngineFailure
 
 DEVICES = [
     "cpu",
@@ -398,8 +398,8 @@ def test_a_row_without_usable_logits_is_named(poison: float, temperature: float)
             sample_rows(logits, [row(temperature=temperature)] * 3, 10)
 
 
-def test_a_constraint_that_allows_nothing_is_named() -> None:
-    with pytest.raises(EngineFailure, match="constraint allows no token"):
+def test_a_constraint_that_allows_nothing_is_the_callers_fault() -> None:
+    with pytest.raises(BadRequest, match=r"position 0 the constraint .* allows no token"):
         greedy_of(torch.zeros(10), allowed=bitmask([], 10))
 
 

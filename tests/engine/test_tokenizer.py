@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,16 @@ def save(fast: FastTokenizer, folder: Path, config: dict[str, Any] | None = None
     default = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps({**default, **(config or {})}))
     return folder
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tiny: Tokenizer) -> None:
+    encoding = threading.Thread(target=tiny.encode, args=("a b " * 100_000,))
+    encoding.start()
+    turns = 0
+    while encoding.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 10
 
 
 @given(text=st.text(max_size=80))

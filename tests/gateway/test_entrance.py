@@ -114,6 +114,28 @@ def test_a_page_elsewhere_may_ask_only_if_its_origin_is_allowed(guarded: str):
         assert ("access-control-allow-origin" in answer.headers) == allowed
 
 
+def test_a_name_that_is_not_this_machines_is_refused_where_no_key_guards(site, engine):
+    """DNS rebinding: a page of evil.example points its name at 127.0.0.1 and asks within its own origin."""
+    keyless = site.serve(engine, GatewayOptions(local_names_only=True))
+    for host, status in {
+        "evil.example:8000": 403,
+        "localhost.evil.example": 403,
+        "127.0.0.1.evil.example": 403,
+        "[::1": 200,
+        "[::1]:8000": 200,
+        "127.0.0.1:8000": 200,
+        "192.168.1.7": 200,
+        "LocalHost:8000": 200,
+        "plait.localhost": 200,
+        "host.docker.internal:8000": 200,
+        "": 200,
+    }.items():
+        answer = httpx.get(f"{keyless}/v1/models", headers={"host": host})
+        assert answer.status_code == status, host
+    refused = httpx.post(f"{keyless}/v1/messages", headers={"host": "evil.example"}, json=ASK)
+    assert refused.json()["error"]["type"] == "permission_error"
+
+
 def test_a_request_id_is_echoed_or_made(http: httpx.Client):
     assert http.get("/health", headers={"x-request-id": "run-1:a/b"}).headers["x-request-id"] == "run-1:a/b"
     for unsafe in ("a b", "x" * 129, 'quote"', ""):

@@ -56,6 +56,18 @@ def test_a_context_that_is_too_long_is_refused_with_the_numbers(client: openai.O
             },
             "messages.1.tool_calls.0.function.arguments",
         ),
+        (
+            {
+                "messages": [
+                    *ASK,
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"function": {"name": "f", "arguments": "[" * 9999}}],
+                    },
+                ]
+            },
+            "messages.1.tool_calls.0.function.arguments",
+        ),
         ({"temperature": "warm"}, "temperature"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": 1e9}, "temperature"),
@@ -69,6 +81,12 @@ def test_a_context_that_is_too_long_is_refused_with_the_numbers(client: openai.O
         ({"stop": ["a", 1]}, "stop.1"),
         ({"stop": ""}, "stop"),
         ({"stop": ["x"] * 17}, "stop"),
+        ({"stop": "x" * 1025}, "stop"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        # No tensor could hold it: unchecked, it ended every request of the step.
+        ({"stop_token_ids": [10**30], "min_tokens": 2}, "stop_token_ids"),
+        ({"stop_token_ids": [5] * 1025}, "stop_token_ids"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"),
         ({"logit_bias": {"1": 101}}, "logit_bias.1"),
         ({"logit_bias": {"99999999": 1}}, "logit_bias"),
         ({"top_logprobs": 2}, "top_logprobs"),

@@ -1,6 +1,7 @@
 """The engine behind asyncio: streams, cancellation, failure and drain, with the real engine."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import replace
@@ -10,10 +11,10 @@ import pytest
 import torch
 
 import plait.model
-from plait.engine import EngineOptions
+from plait.engine import Engine, EngineOptions, Matcher
 from plait.errors import BadRequest, EngineFailure, NotReady
 from plait.ids import RequestId
-from plait.session import GenerationRequest, RequestDelta, SamplingParams
+from plait.session import Constraint, GenerationRequest, RequestDelta, SamplingParams
 from plait.worker import AsyncEngine, LoadProgress
 
 OPTIONS = EngineOptions(
@@ -28,6 +29,11 @@ def engine(options: EngineOptions = OPTIONS) -> AsyncEngine:
 def request(id: str, max_tokens: int = 8, prompt: tuple[int, ...] = (100, 101, 102)) -> GenerationRequest:
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     return GenerationRequest(id=RequestId(id), prompt_token_ids=prompt, sampling=sampling)
+
+
+def constrained(id: str, regex: str) -> GenerationRequest:
+    sampling = SamplingParams(max_tokens=16, constraint=Constraint(kind="regex", text=regex))
+    return GenerationRequest(id=RequestId(id), prompt_token_ids=(100, 101, 102), sampling=sampling)
 
 
 async def collect(serving: AsyncEngine, wanted: GenerationRequest) -> list[RequestDelta]:
@@ -86,6 +92,58 @@ def test_a_refused_request_raises_and_disturbs_nobody() -> None:
             with pytest.raises(BadRequest, match="context is 1024 tokens"):
                 await collect(serving, request("b", prompt=(100,) * 2000))
             assert (await other)[-1].finished
+
+    run(test)
+
+
+def test_streams_go_on_while_a_constraint_is_compiled() -> None:
+    async def test() -> None:
+        async with engine() as serving:
+            await serving.wait_settled()
+            started, may_end = threading.Event(), threading.Event()
+            compile = Engine.compile
+
+            def compile_slowly(self: Engine, constraint: Constraint) -> Matcher:
+                started.set()
+                assert may_end.wait(30)
+                return compile(self, constraint)
+
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(Engine, "compile", compile_slowly)
+                slow = asyncio.create_task(collect(serving, constrained("a", "[0-9]{3}")))
+                gone = asyncio.create_task(collect(serving, constrained("b", "[a-z]{3}")))
+                assert await asyncio.to_thread(started.wait, 30)
+                assert (await collect(serving, request("c", 20)))[-1].finished
+                gone.cancel()
+                may_end.set()
+                text = "".join(part.text for delta in await slow for part in delta.sequences)
+            assert len(text) == 3
+            assert text.isdigit()
+            await until_idle(serving)
+
+    run(test)
+
+
+def test_a_constraint_that_cannot_be_used_is_the_requests_own_error() -> None:
+    async def test() -> None:
+        async with engine() as serving:
+            await serving.wait_settled()
+            with pytest.raises(BadRequest, match="regular expression"):
+                await collect(serving, constrained("a", "("))
+            assert (await collect(serving, request("a", 4)))[-1].finished
+
+    run(test)
+
+
+def test_a_request_that_nobody_foresaw_ends_alone() -> None:
+    async def test() -> None:
+        async with engine() as serving:
+            await serving.wait_settled()
+            other = asyncio.create_task(collect(serving, request("a", 20)))
+            with pytest.raises(EngineFailure, match="TypeError"):
+                await collect(serving, request("b", prompt=("no", "ids")))
+            assert (await other)[-1].finished
+            assert serving.state == "ready"
 
     run(test)
 

@@ -20,9 +20,11 @@ def options() -> None:
 
 @bench.command("serve")
 def bench_serve(
-    base_url: Annotated[str, typer.Option(help="The server; may end in /v1.")] = "http://127.0.0.1:8000",
+    base_url: Annotated[
+        str, typer.Option(envvar="OPENAI_BASE_URL", help="The server; may end in /v1.")
+    ] = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="Its model; without it the first it lists.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="Its key.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Its key.")] = None,
     endpoint: Annotated[str, typer.Option(help="chat or completions.")] = "completions",
     dataset: Annotated[
         str, typer.Option("--dataset-name", "--dataset", help="A mix of lengths, random, or trace.")

@@ -59,7 +59,13 @@ def engine_options(settings: Settings, *, on_download: BytesProgress | None = No
 def gateway_options(settings: Settings, *, api_key_hashes: tuple[str, ...] = ()) -> GatewayOptions:
     """Options of the front door; `api_key_hashes` of stored keys join those of the keys in the settings."""
     given = tuple(hash_api_key(key.get_secret_value()) for key in settings.server.api_keys)
-    return GatewayOptions(api_key_hashes=given + api_key_hashes, tool_format=settings.server.tool_format)
+    hashes = given + api_key_hashes
+    return GatewayOptions(
+        api_key_hashes=hashes,
+        # A key keeps other sites' pages out, and who serves other machines without one wants any name to do.
+        local_names_only=not hashes and not settings.server.insecure_no_auth,
+        tool_format=settings.server.tool_format,
+    )
 
 
 def served_names(settings: Settings) -> tuple[str, ...]:

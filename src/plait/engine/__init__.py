@@ -14,6 +14,7 @@ build.py           an engine from options.py
 
 from plait.engine.build import load_engine
 from plait.engine.checkpoint import open_checkpoint
+from plait.engine.constraints import Matcher
 from plait.engine.engine import Engine, EngineStatus
 from plait.engine.hub import BytesProgress, CachedModel, cached_models, download_model, resolve_model
 from plait.engine.options import (
@@ -32,6 +33,7 @@ __all__ = [
     "Engine",
     "EngineOptions",
     "EngineStatus",
+    "Matcher",
     "Tokenizer",
     "available_memory_bytes",
     "cached_models",

@@ -401,7 +401,7 @@ def _with_argument_object(call: Any) -> Any:
         return whole
     try:
         parsed = json.loads(arguments) if arguments.strip() else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return whole
     return {**whole, "function": {**function, "arguments": parsed}} if isinstance(parsed, dict) else whole
 

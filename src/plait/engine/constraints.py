@@ -25,6 +25,9 @@ from plait.session import Constraint
 
 # A JSON schema of 64 KiB describes hundreds of fields; larger ones are refused unread.
 MAX_CONSTRAINT_CHARACTERS = 64 * 1024
+# Hostile regular expressions take time that grows with the square of their length, whatever llguidance's
+# limits: `.*` two thousand times half a second, twenty thousand times more than a minute.
+MAX_REGEX_CHARACTERS = 4 * 1024
 # Deeper than any schema a person writes, shallower than what recursive code can take.
 MAX_NESTING = 64
 MAX_CACHED_CONSTRAINTS = 128
@@ -111,6 +114,7 @@ class ConstraintCompiler:
         self._compiled: OrderedDict[Constraint, LLMatcher] = OrderedDict()
         self._table: LLTokenizer | None = None
         self._lock = Lock()
+        self._compile_lock = Lock()
 
     def matcher(self, constraint: Constraint) -> Matcher:
         """A matcher at the start of a constraint's language.
@@ -118,11 +122,25 @@ class ConstraintCompiler:
         Raises:
             BadRequest: the constraint is malformed, empty of outputs, or too large.
         """
+        matcher = self._kept(constraint)
+        if matcher is not None:
+            return matcher
+        with self._compile_lock:
+            # Another thread may have compiled it meanwhile.
+            matcher = self._kept(constraint)
+            return matcher if matcher is not None else self._keep(constraint, self._compile(constraint))
+
+    def _kept(self, constraint: Constraint) -> Matcher | None:
         with self._lock:
             start = self._compiled.get(constraint)
             if start is None:
-                start = self._compiled[constraint] = self._compile(constraint)
+                return None
             self._compiled.move_to_end(constraint)
+            return Matcher(start.deep_copy(), self._tokenizer.vocab_tokens)
+
+    def _keep(self, constraint: Constraint, start: LLMatcher) -> Matcher:
+        with self._lock:
+            self._compiled[constraint] = start
             if len(self._compiled) > self._max_cached:
                 self._compiled.popitem(last=False)
             return Matcher(start.deep_copy(), self._tokenizer.vocab_tokens)
@@ -178,11 +196,10 @@ def _grammar_of(constraint: Constraint) -> str:
         BadRequest: it is too large, or not even readable.
     """
     text, param = constraint.text, _PARAMS[constraint.kind]
-    if len(text) > MAX_CONSTRAINT_CHARACTERS:
+    most = MAX_REGEX_CHARACTERS if constraint.kind == "regex" else MAX_CONSTRAINT_CHARACTERS
+    if len(text) > most:
         raise BadRequest(
-            f"the {_title(constraint)} has {len(text)} characters; "
-            f"at most {MAX_CONSTRAINT_CHARACTERS} are taken",
-            param=param,
+            f"the {_title(constraint)} has {len(text)} characters; at most {most} are taken", param=param
         )
     try:
         if constraint.kind == "regex":

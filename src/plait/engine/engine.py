@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from plait.engine.constraints import ConstraintCompiler
+from plait.engine.constraints import ConstraintCompiler, Matcher
 from plait.engine.decoder import Decoder, SequenceChunk
 from plait.engine.detokenizer import IncrementalDetokenizer
 from plait.engine.kv_store import KvStore
@@ -25,7 +25,7 @@ from plait.engine.tokenizer import Tokenizer
 from plait.errors import BadRequest, EngineFailure, ServingError
 from plait.ids import RequestId
 from plait.scheduling import KvUsage, NewRequest, ScheduledChunk, ScheduledStep, Scheduler
-from plait.session import GenerationRequest, RequestDelta, SamplingParams
+from plait.session import Constraint, GenerationRequest, RequestDelta, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +94,16 @@ class Engine:
         """Whether `step` has something to do."""
         return bool(self._live)
 
-    def add(self, request: GenerationRequest) -> None:
-        """Queue a request.
+    def compile(self, constraint: Constraint) -> Matcher:
+        """Prepare a constraint for `add`. Any thread may call this, as it can take seconds.
+
+        Raises:
+            BadRequest: the constraint is malformed, empty of outputs, or too large.
+        """
+        return self._constraints.matcher(constraint)
+
+    def add(self, request: GenerationRequest, *, matcher: Matcher | None = None) -> None:
+        """Queue a request; `matcher` is its constraint if that was compiled before.
 
         Raises:
             BadRequest: it can never run on this model.
@@ -110,7 +118,8 @@ class Engine:
             skip_special_tokens=sampling.skip_special_tokens,
             continues_text=request.continues_text,
         )
-        matcher = self._constraints.matcher(sampling.constraint) if sampling.constraint else None
+        if matcher is None and sampling.constraint is not None:
+            matcher = self.compile(sampling.constraint)
         live = LiveRequest(
             request=request,
             seed=self._seed_of(sampling),

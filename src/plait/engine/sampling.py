@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from plait.errors import EngineFailure
+from plait.errors import BadRequest, EngineFailure
 from plait.session import PositionLogprobs, SamplingParams, TokenLogprob
 
 WEIGHT_BITS = 44  # 2^44 for the best of at most 2^18 tokens sums to below 2^62: no int64 total overflows

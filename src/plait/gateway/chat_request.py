@@ -204,7 +204,7 @@ def _part_text(part: ContentPart, where: str) -> str:
 def _template_call(call: ToolCall, where: str) -> dict[str, Any]:
     try:
         arguments = json.loads(call.function.arguments or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
         raise BadRequest(

@@ -4,8 +4,10 @@ Plain ASGI around the whole app, so that nothing is read, parsed or kept for a r
 """
 
 import asyncio
+import ipaddress
 import logging
 import re
+import socket
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -25,6 +27,7 @@ log = logging.getLogger("plait.access")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 _POLLED = frozenset({"/status", "/health", "/healthz", "/readyz", "/metrics"})
 """Asked every few seconds by pages and monitors: their successes are of no interest in a log."""
+_HOSTNAME = socket.gethostname().lower()
 _CLIENT_GONE = 499
 """nginx's status for a client that left before its answer; it is only ever logged."""
 
@@ -119,6 +122,12 @@ class Entrance:
                 )
         if scope["method"] == "POST" and self._open_posts > options.max_open_requests:
             return reply_of(NoCapacity(f"{options.max_open_requests} requests are open already; retry soon"))
+        if options.local_names_only and not is_local_name(host := _host(headers)):
+            return http_reply(
+                403,
+                f"this server has no API key and answers only by this machine's own names, not {host[:100]!r}; "
+                "call it by its address, or start it with a key ('plait token new')",
+            )
         declared = next((value for name, value in headers if name == b"content-length"), b"0")
         if declared.isdigit() and int(declared) > options.max_body_bytes:
             return _too_large(options)
@@ -156,6 +165,28 @@ def _too_large(options: GatewayOptions) -> ErrorReply:
     return http_reply(
         413, f"the body is larger than the {options.max_body_bytes} bytes that this server takes"
     )
+
+
+def _host(headers: Sequence[tuple[bytes, bytes]]) -> str:
+    return next((value for name, value in headers if name == b"host"), b"").decode("latin-1")
+
+
+def is_local_name(host: str) -> bool:
+    """Whether a Host header names this machine: by an address, as localhost, or not at all.
+
+    Addresses need no check, as no DNS answer stands behind them, nor does one from elsewhere behind `.localhost`
+    and `.internal` (as in host.docker.internal).
+    """
+    name = host.strip().lower()
+    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+    name = name.removesuffix(".")
+    if name in ("", "localhost", _HOSTNAME) or name.endswith((".localhost", ".internal")):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_preflight(scope: Scope) -> bool:

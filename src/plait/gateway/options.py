@@ -18,6 +18,9 @@ class GatewayOptions:
 
     api_key_hashes: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
+    local_names_only: bool = False
+    """Refuse requests that call this server by a name which is not of this machine: a web page elsewhere can
+    point its own name here (DNS rebinding) and would then be within its origin."""
     tool_format: str = "auto"
 
     max_body_bytes: int = 16 * 2**20

@@ -7,7 +7,13 @@ from pydantic import Field
 from plait.errors import BadRequest
 from plait.gateway.structured import ResponseFormat, StructuredOutputs, constraint_of
 from plait.gateway.wire import FirstError, WireModel
-from plait.session import MAX_LOGPROBS, MAX_SAMPLES, MAX_STOP_STRINGS, SamplingParams
+from plait.session import (
+    MAX_LOGPROBS,
+    MAX_SAMPLES,
+    MAX_STOP_STRINGS,
+    MIN_REPETITION_PENALTY,
+    SamplingParams,
+)
 
 Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]
 StopString = Annotated[str, Field(min_length=1)]

@@ -18,6 +18,7 @@ from plait.session.sampling_params import (
     MAX_LOGPROBS,
     MAX_SAMPLES,
     MAX_STOP_STRINGS,
+    MIN_REPETITION_PENALTY,
     Constraint,
     SamplingParams,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "MAX_LOGPROBS",
     "MAX_SAMPLES",
     "MAX_STOP_STRINGS",
+    "MIN_REPETITION_PENALTY",
     "Constraint",
     "FinishReason",
     "GenerationRequest",

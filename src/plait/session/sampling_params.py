@@ -10,6 +10,7 @@ from plait.errors import BadRequest
 MAX_SAMPLES = 128
 MAX_LOGPROBS = 64
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 # Nobody has a larger vocabulary, and everything that indexes with a token id can hold it.
 TOKEN_ID_LIMIT = 2**31
@@ -97,6 +98,9 @@ class SamplingParams:
                 _check(0 <= value <= MAX_LOGPROBS, name, f"must be between 0 and {MAX_LOGPROBS}", value)
         _check(len(stop) <= MAX_STOP_STRINGS, "stop", f"takes at most {MAX_STOP_STRINGS} strings", len(stop))
         _check(all(stop), "stop", "must not contain an empty string", self.stop)
+        longest = max(map(len, stop), default=0)
+        short = longest <= MAX_STOP_CHARACTERS
+        _check(short, "stop", f"takes strings of at most {MAX_STOP_CHARACTERS} characters", longest)
         few = len(stop_token_ids) <= MAX_STOP_TOKEN_IDS
         _check(few, "stop_token_ids", f"takes at most {MAX_STOP_TOKEN_IDS} ids", len(stop_token_ids))
         for token_id in stop_token_ids:

@@ -3,6 +3,9 @@
 The thread owns the engine: it takes commands (add, abort) between steps, runs steps while there is work, and
 sends what each step produced to the event loop in one call. The event loop owns the streams. Neither touches
 the other's state; the status is a frozen value that the thread replaces after each step.
+
+Constraints are compiled in a second thread, one at a time: a hostile one takes seconds, during which no stream
+may stand still.
 """
 
 import asyncio
@@ -16,10 +19,10 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self
 
-from plait.engine import Engine, EngineOptions, EngineStatus, Tokenizer, load_engine
+from plait.engine import Engine, EngineOptions, EngineStatus, Matcher, Tokenizer, load_engine
 from plait.errors import BadSetup, EngineFailure, NotReady, ServingError
 from plait.ids import RequestId
-from plait.session import GenerationRequest, RequestDelta, merge_deltas
+from plait.session import Constraint, GenerationRequest, RequestDelta, merge_deltas
 
 EngineState = Literal["loading", "ready", "draining", "failed"]
 log = logging.getLogger(__name__)
@@ -82,6 +85,7 @@ class _Stream:
 @dataclass(frozen=True, slots=True)
 class _Add:
     request: GenerationRequest
+    matcher: Matcher | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,7 @@ class _Stop:
 
 
 _Command = _Add | _Abort | _Stop
+_ToCompile = tuple[Constraint, "asyncio.Future[Matcher]"]
 _Sent = Sequence[tuple[RequestId, RequestDelta | ServingError]]
 
 
@@ -118,6 +123,7 @@ class AsyncEngine:
         self._model: ServedModel | None = None
         self._status = EngineStatus()
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._to_compile: queue.SimpleQueue[_ToCompile | None] = queue.SimpleQueue()
         self._streams: dict[RequestId, _Stream] = {}
         self._idle: asyncio.Event = asyncio.Event()
         self._idle.set()
@@ -133,6 +139,7 @@ class AsyncEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._commands.put(_Stop())
+        self._to_compile.put(None)
         await asyncio.to_thread(self._thread.join)
         self._deliver([(id, NotReady("the server is stopping; retry elsewhere")) for id in self._streams])
 
@@ -171,9 +178,12 @@ class AsyncEngine:
             raise EngineFailure(f"request id {request.id!r} is already running")
         stream = self._streams[request.id] = _Stream()
         self._idle.clear()
-        finished = False
-        self._commands.put(_Add(request))
+        finished = True
         try:
+            constraint = request.sampling.constraint
+            matcher = None if constraint is None else await self._compiled(constraint)
+            self._commands.put(_Add(request, matcher))
+            finished = False
             while not finished:
                 item = await stream.take()
                 if isinstance(item, ServingError):
@@ -187,6 +197,11 @@ class AsyncEngine:
                 self._commands.put(_Abort(request.id))
             if not self._streams:
                 self._idle.set()
+
+    async def _compiled(self, constraint: Constraint) -> Matcher:
+        answer: asyncio.Future[Matcher] = self._loop.create_future()
+        self._to_compile.put((constraint, answer))
+        return await answer
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for the running ones; False if some were still running at the end."""
@@ -213,6 +228,24 @@ class AsyncEngine:
             if stream is not None:
                 stream.put(item)
 
+    # -- the thread that compiles constraints ----------------------------------------------------------
+
+    def _compile_constraints(self, engine: Engine) -> None:
+        while (asked := self._to_compile.get()) is not None:
+            constraint, answer = asked
+            if answer.cancelled():
+                continue
+            try:
+                self._post(_settle, answer, engine.compile(constraint))
+            except ServingError as error:
+                self._post(_settle, answer, error)
+            except Exception as error:
+                log.exception("a constraint could not be compiled")
+                failure = EngineFailure(
+                    f"a constraint could not be compiled: {type(error).__name__}: {error}"
+                )
+                self._post(_settle, answer, failure)
+
     # -- the engine's thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -225,6 +258,9 @@ class AsyncEngine:
             log.exception("loading failed")
             self._fail(BadSetup(f"loading failed: {type(error).__name__}: {error}"))
             return
+        threading.Thread(
+            target=self._compile_constraints, args=(engine,), name="plait-constraints", daemon=True
+        ).start()
         self._post(self._become_ready, engine)
         try:
             self._serve(engine)
@@ -296,9 +332,9 @@ class AsyncEngine:
             except queue.Empty:
                 return True
             match command:
-                case _Add(request):
+                case _Add(request, matcher):
                     try:
-                        engine.add(request)
+                        engine.add(request, matcher=matcher)
                     except ServingError as error:
                         sent.append((request.id, error))
                     except Exception as error:
@@ -318,3 +354,12 @@ class AsyncEngine:
         except RuntimeError:
             # The event loop is closed: nobody is left to be told.
             log.debug("event loop is closed")
+
+
+def _settle(answer: "asyncio.Future[Matcher]", outcome: Matcher | ServingError) -> None:
+    if answer.done():
+        return
+    if isinstance(outcome, ServingError):
+        answer.set_exception(outcome)
+    else:
+        answer.set_result(outcome)

@@ -21,7 +21,7 @@ test-all: $(INSTALLED) ## those and the slow ones
 	@$(BIN)/python -m pytest -m ''
 
 check: $(INSTALLED) ## format, lint, types
-	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff format .
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright
 

@@ -30,13 +30,14 @@ MAX_CONSTRAINT_CHARACTERS = 64 * 1024
 MAX_REGEX_CHARACTERS = 4 * 1024
 # Deeper than any schema a person writes, shallower than what recursive code can take.
 MAX_NESTING = 64
-MAX_CACHED_CONSTRAINTS = 128
+MAX_CACHED_CONSTRAINTS = 32
 
-# At most llguidance's defaults. By its documentation 50k units of fuel take 1 ms at the start and 14k units
-# 1 ms at each token (10 ms and 15 ms at most), and a lexer state 2 kB (50 MB at most for one constraint).
+# Below llguidance's defaults. By its documentation 50k units of fuel take 1 ms at the start and 14k units 1 ms at
+# each token (10 ms and 4 ms at most, and all streams wait for each token), and a lexer state 2 kB (50 MB at most
+# for one constraint, 1.6 GB for all that are cached).
 _LIMITS = LLParserLimits(
     initial_lexer_fuel=500_000,
-    step_lexer_fuel=200_000,
+    step_lexer_fuel=50_000,
     step_max_items=50_000,
     max_lexer_states=25_000,
     max_grammar_size=100_000,

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self
@@ -138,10 +139,16 @@ class AsyncEngine:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.state == "ready":
+            self.state = "draining"
         self._commands.put(_Stop())
+        stopping = NotReady("the server is stopping; retry elsewhere")
+        with suppress(queue.Empty):
+            while (asked := self._to_compile.get_nowait()) is not None:
+                _settle(asked[1], stopping)
         self._to_compile.put(None)
         await asyncio.to_thread(self._thread.join)
-        self._deliver([(id, NotReady("the server is stopping; retry elsewhere")) for id in self._streams])
+        self._deliver([(id, stopping) for id in self._streams])
 
     @property
     def model(self) -> ServedModel:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+_SAMPLES = "@samples@"
 VERSIONS_OF = ("torch", "numpy", "transformers", "fastapi", "uvicorn")
 
 
@@ -53,9 +54,11 @@ def write_result(
             **{package: version(package) for package in VERSIONS_OF},
         },
         "summary": summary,
-        "samples": samples,
+        "samples": _SAMPLES,
     }
-    file.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    # Raw samples are for programs: on one line, or a diff of them hides everything else.
+    readable = json.dumps(record, indent=1, default=str)
+    file.write_text(readable.replace(json.dumps(_SAMPLES), json.dumps(samples, default=str)) + "\n")
     print(json.dumps(summary, indent=1, default=str))
     print(f"written: {file}", file=sys.stderr)
     if figures:

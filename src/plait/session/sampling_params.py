@@ -1,9 +1,10 @@
 """What a caller may ask of generation: one frozen value, checked when it is made."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal, cast
 
 from plait.errors import BadRequest
 
@@ -69,6 +70,17 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
+        for name in _INTEGERS:
+            value = getattr(self, name)
+            may_be_none = name in _OPTIONAL_INTEGERS and value is None
+            _check(may_be_none or isinstance(value, Integral), name, "must be an integer", value)
+        # Scripts are not always type-checked: what is not of its declared type is refused by name too.
+        stops: Any = self.stop or ()
+        good = isinstance(stops, Iterable) and all(isinstance(one, str) for one in cast(Iterable[Any], stops))
+        _check(good, "stop", "must be a string or a list of strings", self.stop)
+        constraint: Any = self.constraint
+        good = constraint is None or isinstance(constraint, Constraint)
+        _check(good, "constraint", "must be a plait.Constraint", constraint)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop_strings", stop)
         stop_token_ids = tuple(self.stop_token_ids or ())
@@ -134,6 +146,8 @@ MIN_REPETITION_PENALTY = 0.01
 # Below this temperature dividing float32 logits may overflow; vLLM draws the same line at 1e-5.
 GREEDY_BELOW = 1e-5
 
+_OPTIONAL_INTEGERS = ("best_of", "seed", "max_tokens", "logprobs", "prompt_logprobs")
+_INTEGERS = ("n", "top_k", "min_tokens", "beam_width", *_OPTIONAL_INTEGERS)
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("temperature", 0.0, 100.0),
     ("top_p", 0.0, 1.0),

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -193,14 +194,18 @@ def test_depth_and_prompts_are_bounded(tight: httpx.Client):
 
 
 def test_one_line_is_logged_for_a_request_without_its_content_or_key(
-    guarded: str, caplog: pytest.LogCaptureFixture
+    site: Any, guarded: str, caplog: pytest.LogCaptureFixture
 ):
+    def lines() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name == "plait.access"]
+
     with caplog.at_level(logging.INFO, logger="plait.access"):
         headers = {"authorization": f"Bearer {KEY}", "x-request-id": "run-7"}
         body = {"messages": [{"role": "user", "content": "my secret bird"}], "max_tokens": 2}
         id = httpx.post(f"{guarded}/v1/chat/completions?key={KEY}", json=body, headers=headers).json()["id"]
         httpx.get(guarded + "/a%0Aforged=line%20", headers=headers)
-    chat, forged = (record.getMessage() for record in caplog.records if record.name == "plait.access")
+        site.until(lambda: len(lines()) == 2)  # a line is written after its answer was sent
+    chat, forged = lines()
     assert "method=POST path=/v1/chat/completions status=200" in chat
     assert f"request_id=run-7 response_id={id} outcome=ok" in chat
     assert "status=404" in forged

@@ -270,7 +270,6 @@ def test_malformed_added_tokens_are_bad_setup(tmp_path: Path) -> None:
 def test_chat_without_a_template_says_what_to_do(tmp_path: Path) -> None:
     shutil.copy(TINY / "tokenizer.json", tmp_path)
     tokenizer = Tokenizer(tmp_path)
-    assert not tokenizer.has_chat_template
     assert tokenizer.chat_template_source == ""
     with pytest.raises(BadRequest, match="--chat-template"):
         tokenizer.render_chat(CHAT)

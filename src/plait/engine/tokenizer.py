@@ -128,11 +128,6 @@ class Tokenizer:
         return any(step["type"] == "ByteFallback" for step in decoder_steps(self.decoder_config))
 
     @property
-    def has_chat_template(self) -> bool:
-        """Whether conversations can be rendered."""
-        return bool(self._templates)
-
-    @property
     def chat_template_source(self) -> str:
         """The template's text, to recognise a model's tool-call format by; empty if there is none."""
         return self._templates["default"].source if self._templates else ""

@@ -7,7 +7,9 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --quiet --constraint constraints.txt
+# Both variables, because which of them pins the build tools too depends on pip's version.
+INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --quiet
 
 .PHONY: run test test-all check bench install constraints clean
 
@@ -31,10 +33,10 @@ bench: $(INSTALLED) ## the measurements of docs/systems, one JSON and plot each
 install: $(INSTALLED)
 
 # One file says that everything is installed as the two files ask; it is written last.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV): minutes the first time, again only after a change of $^"
-	@$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[test,check,bench]'
+	@echo "installing into $(VENV): minutes the first time, again only after a change of pyproject.toml, constraints.txt or csrc"
+	@$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[test,check,bench,build]'
 	@touch $@
 
 constraints: ## pin what .venv holds now, after its tests have passed

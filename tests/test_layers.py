@@ -14,6 +14,7 @@ LAYERS = (
     {"gateway", "client", "bench"},
     {"worker"},
     {"engine", "metrics"},
+    {"kernels"},
     {"scheduling"},
     {"kvcache"},
     {"session"},
@@ -42,7 +43,11 @@ def test_packages_are_imported_through_their_init() -> None:
     wrong = [
         f"{path.relative_to(SOURCE)}:{line} imports {module}"
         for path, line, module in _imports()
-        if module.startswith("plait.") and module.count(".") > 1 and module.split(".")[1] != _package(path)
+        if module.startswith("plait.")
+        and module.count(".") > 1
+        and module.split(".")[1] != _package(path)
+        # The extension may be absent: who uses it imports it itself, where it is needed.
+        and not module.startswith("plait.kernels._native")
     ]
     assert not wrong, "\n".join(wrong)
 

@@ -1,0 +1,3 @@
+#define PLAIT_ISA neon
+#define PLAIT_ISA_NAME "neon"
+#include "kernels.inl"

@@ -1,0 +1,3 @@
+#define PLAIT_ISA portable
+#define PLAIT_ISA_NAME "portable"
+#include "kernels.inl"

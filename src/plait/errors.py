@@ -9,6 +9,7 @@ ServingError
 │   ├── KvCacheFull      no KV block is free
 │   └── NotReady         loading or draining                    HTTP 503
 ├── EngineFailure   the engine broke while serving a request    HTTP 500
+│   └── EngineLost       a part of it is gone: it stops         HTTP 500, exit code 1
 └── BadSetup        settings, weights or hardware do not fit    exit code 2
 
 A message says what, where, and what to do. The class says whose fault it is, hence who retries.
@@ -61,6 +62,10 @@ class NotReady(NoCapacity):
 
 class EngineFailure(ServingError):
     """The engine broke while it served this request; the request may be retried."""
+
+
+class EngineLost(EngineFailure):
+    """A process that the engine cannot do without is gone or does not answer: the engine stops."""
 
 
 class BadSetup(ServingError):

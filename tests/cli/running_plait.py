@@ -24,7 +24,12 @@ def plait_environment(folder: Path) -> dict[str, str]:
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("PLAIT_", "OPENAI_", "HF_"))
     }
-    homes = {"HOME": folder, "HF_HOME": folder / "hf", "XDG_CONFIG_HOME": folder / "config"}
+    homes = {
+        "HOME": folder,
+        "HF_HOME": folder / "hf",
+        "XDG_CONFIG_HOME": folder / "config",
+        "XDG_CACHE_HOME": folder / "cache",
+    }
     return {
         **kept,
         **{name: str(path) for name, path in homes.items()},

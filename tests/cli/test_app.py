@@ -19,6 +19,7 @@ VERBS = (
     "demo",
     "models",
     "pull",
+    "cache",
     "doctor",
     "settings",
     "version",

@@ -420,9 +420,11 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours.double() - theirs.double()).abs().max() / theirs.double().std())
 
 
-def write(name: str, folder: Path) -> TinyCheckpoint:
+def write(
+    name: str, folder: Path, variants: Mapping[str, tuple[str, dict[str, Any]]] = VARIANTS
+) -> TinyCheckpoint:
     """Write one variant's checkpoint into a folder."""
-    model_type, settings = VARIANTS[name]
+    model_type, settings = variants[name]
     config = AutoConfig.for_model(model_type, **settings)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -56,7 +56,7 @@ def reference_tokens(tokens: int) -> list[list[int]]:
 
 @cache
 def llm() -> LLM:
-    return LLM("tiny", kv_cache_memory="64MiB", threads=1)
+    return LLM("tiny", dtype="float32", kv_cache_memory="64MiB", threads=1)
 
 
 def _encode(prompt: str) -> list[int]:
@@ -77,7 +77,9 @@ def _encode(prompt: str) -> list[int]:
 )
 def test_greedy_text_is_that_of_transformers_for_200_tokens(options: dict[str, object]) -> None:
     tokens = 200
-    with LLM("tiny", threads=1, max_model_len=256, **({"kv_cache_memory": "64MiB"} | options)) as served:
+    with LLM(
+        "tiny", dtype="float32", threads=1, max_model_len=256, **({"kv_cache_memory": "64MiB"} | options)
+    ) as served:
         params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         outputs = served.generate(PROMPTS, params)
         again = served.generate(PROMPTS, params)  # now every prompt and answer is in the prefix cache

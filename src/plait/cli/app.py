@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from plait import __version__
 from plait.cli.bench import bench
+from plait.cli.cache import cache
 from plait.cli.chat import chat
 from plait.cli.demo import demo
 from plait.cli.doctor import doctor
@@ -49,7 +50,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 it failed, 2 the command or this machine is not set up for it.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (serve, chat, generate, demo, models, pull, doctor):
+for _command in (serve, chat, generate, demo, models, pull, cache, doctor):
     app.command()(_command)
 app.add_typer(bench, name="bench")
 app.add_typer(token, name="token")

@@ -1,14 +1,7 @@
 """From the tree to the plain options of the packages, with nothing left to decide."""
 
-from plait.engine import (
-    BytesProgress,
-    EngineOptions,
-    choose_device,
-    choose_dtype,
-    choose_kv_cache_bytes,
-    open_checkpoint,
-    resolve_model,
-)
+from plait.engine import BytesProgress, EngineOptions, TensorParallel, Wishes, decide_options, resolve_model
+from plait.errors import BadSetup
 from plait.gateway import GatewayOptions, hash_api_key
 from plait.scheduling import StepLimits
 from plait.settings import Settings
@@ -20,25 +13,12 @@ def engine_options(settings: Settings, *, on_download: BytesProgress | None = No
     Raises:
         BadSetup: model, machine and settings do not fit together.
     """
-    folder = resolve_model(settings.model.name, offline=settings.model.offline, on_progress=on_download)
-    checkpoint = open_checkpoint(folder)
-    device = choose_device(settings.engine.device)
-    dtype = choose_dtype(settings.model.dtype, device=device, checkpoint_dtype=checkpoint.dtype)
-    kvcache, scheduling = settings.kvcache, settings.scheduling
-    kv_cache_bytes = kvcache.memory
-    if kv_cache_bytes is None:
-        kv_cache_bytes = choose_kv_cache_bytes(
-            device=device,
-            gpu_memory_fraction=kvcache.gpu_memory_fraction,
-            weight_bytes=checkpoint.weight_bytes(dtype),
-        )
-    return EngineOptions(
-        folder=folder,
-        chat_template=str(settings.model.chat_template) if settings.model.chat_template else None,
-        device=device,
-        dtype=dtype,
-        max_model_tokens=settings.model.max_tokens,
-        kv_cache_bytes=kv_cache_bytes,
+    model, kvcache, scheduling = settings.model, settings.kvcache, settings.scheduling
+    options = EngineOptions(
+        folder=resolve_model(model.name, offline=model.offline, on_progress=on_download),
+        chat_template=str(model.chat_template) if model.chat_template else None,
+        packed_cache=model.packed_cache,
+        max_model_tokens=model.max_tokens,
         swap_bytes=kvcache.swap,
         block_tokens=kvcache.block_tokens,
         policy=scheduling.policy,
@@ -53,6 +33,46 @@ def engine_options(settings: Settings, *, on_download: BytesProgress | None = No
         prefix_caching=kvcache.prefix_caching,
         seed=settings.engine.seed,
         threads=settings.engine.threads,
+        tensor_parallel=tensor_parallel_options(settings),
+    )
+    wishes = Wishes(
+        device=settings.engine.device,
+        dtype=model.dtype,
+        quantization=model.quantization,
+        kv_cache_dtype=kvcache.dtype,
+        kv_cache_bytes=kvcache.memory,
+        gpu_memory_fraction=kvcache.gpu_memory_fraction,
+    )
+    return decide_options(options, wishes)
+
+
+def tensor_parallel_options(settings: Settings) -> TensorParallel:
+    """Over how many processes the model is divided, and which this is.
+
+    Raises:
+        BadSetup: there is no such rank.
+    """
+    engine = settings.engine
+    size, rank, address = (
+        engine.tensor_parallel_size,
+        engine.tensor_parallel_rank,
+        engine.tensor_parallel_address,
+    )
+    if rank >= size:
+        raise BadSetup(
+            f"--tensor-parallel-rank {rank} is not one of the {size} of --tensor-parallel-size {size}"
+        )
+    if rank and address is None:
+        raise BadSetup(
+            "ranks on this machine are started by rank 0; one on another machine needs the --tensor-parallel-address "
+            "at which rank 0 waits for it"
+        )
+    host, _, port = (address or "").rpartition(":")
+    return TensorParallel(
+        size=size,
+        rank=rank,
+        address=None if address is None else (host.strip("[]"), int(port)),
+        timeout_s=engine.tensor_parallel_timeout_s,
     )
 
 

@@ -14,6 +14,9 @@ from plait.settings import Settings
 @with_settings()
 def serve(*, settings: Settings) -> None:
     """Serve a model to OpenAI and Anthropic clients, with a web page."""
+    if settings.engine.tensor_parallel_rank:
+        take_part(settings)
+        return
     key_hashes = tuple(key.hash for key in default_key_store().load())
     has_keys = bool(key_hashes or settings.server.api_keys)
     host = settings.server.host
@@ -32,6 +35,19 @@ def serve(*, settings: Settings) -> None:
 
     run_async(run_server(settings, listener, api_key_hashes=key_hashes, on_ready=on_ready))
     say("stopped")
+
+
+def take_part(settings: Settings) -> None:
+    """Be one of the ranks that rank 0, on another machine, serves a model with."""
+    from plait.cli.options import tensor_parallel_options
+    from plait.engine import resolve_model
+    from plait.worker import follow_elsewhere
+
+    options = tensor_parallel_options(settings)
+    folder = resolve_model(settings.model.name, offline=settings.model.offline)
+    say(f"plait {__version__} takes part as rank {options.rank} of {options.size} (process {os.getpid()})")
+    follow_elsewhere(options, folder, settings.engine.threads)
+    say("rank 0 has stopped")
 
 
 def print_addresses(listener: Listener, *, has_keys: bool) -> None:

@@ -2,30 +2,36 @@
 
 hub.py             a model's name to a folder: shipped, local, cached or downloaded
 checkpoint.py      what a folder holds, before any tensor is read
-loader.py          the weights of a span of blocks
+loader.py          the weights of a span of blocks; stored.py reads one tensor
+packed.py          the same for the CPU kernels; packed_layout.py says what goes where, packed_cache.py keeps it on disk
 decoder.py         one configurable forward pass; attention.py, moe.py, rotary.py are its parts
 kv_store.py        the memory of KV blocks
 tokenizer.py       text to tokens; chat_template.py, detokenizer.py
 sampling.py        logits to tokens; beam.py, constraints.py
 live.py            a request in the works: what a new token means for it
 engine.py          the loop over all of these, one step at a time
-build.py           an engine from options.py
+ranks.py           one rank of a model that is divided over several processes
+build.py           an engine from options.py; wishes.py makes options of what a user would like
 """
 
 from plait.engine.build import load_engine
 from plait.engine.checkpoint import open_checkpoint
 from plait.engine.constraints import Matcher
+from plait.engine.decoder import SpanDecoder
 from plait.engine.engine import Engine, EngineStatus
 from plait.engine.hub import BytesProgress, CachedModel, cached_models, download_model, resolve_model
+from plait.engine.kv_store import KvExtents
 from plait.engine.options import (
     EngineOptions,
+    TensorParallel,
     available_memory_bytes,
-    choose_device,
-    choose_dtype,
-    choose_kv_cache_bytes,
     usable_cores,
 )
+from plait.engine.packed_cache import KeptWeights, folder_beside, kept_weights, user_cache_folder
+from plait.engine.ranks import Rank, RankGroup, RankPlan, load_rank, vocabularies
+from plait.engine.step import SequenceChunk
 from plait.engine.tokenizer import Tokenizer
+from plait.engine.wishes import Wishes, decide_options
 
 __all__ = [
     "BytesProgress",
@@ -33,16 +39,28 @@ __all__ = [
     "Engine",
     "EngineOptions",
     "EngineStatus",
+    "KeptWeights",
+    "KvExtents",
     "Matcher",
+    "Rank",
+    "RankGroup",
+    "RankPlan",
+    "SequenceChunk",
+    "SpanDecoder",
+    "TensorParallel",
     "Tokenizer",
+    "Wishes",
     "available_memory_bytes",
     "cached_models",
-    "choose_device",
-    "choose_dtype",
-    "choose_kv_cache_bytes",
+    "decide_options",
     "download_model",
+    "folder_beside",
+    "kept_weights",
     "load_engine",
+    "load_rank",
     "open_checkpoint",
     "resolve_model",
     "usable_cores",
+    "user_cache_folder",
+    "vocabularies",
 ]

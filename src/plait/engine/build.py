@@ -1,15 +1,19 @@
 """Putting an engine together from a checkpoint folder and options."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from plait.engine.checkpoint import open_checkpoint
-from plait.engine.decoder import Decoder
+from plait.engine import native
+from plait.engine.checkpoint import Checkpoint, open_checkpoint
+from plait.engine.decoder import Decoder, SpanDecoder
 from plait.engine.engine import Engine
-from plait.engine.kv_store import KvStore, kv_extent_bytes
-from plait.engine.loader import load_weights
+from plait.engine.kv_store import KvExtents, KvStore, kv_extent_bytes
+from plait.engine.loader import Progress, load_weights
 from plait.engine.options import DTYPES, EngineOptions, usable_cores
+from plait.engine.packed import load_packed, packed_cache_folder
+from plait.engine.ranks import RankGroup, lead_ranks
 from plait.engine.tokenizer import Tokenizer
 from plait.errors import BadSetup
 from plait.kvcache import KvBlockPool, PrefixNamespace
@@ -18,10 +22,16 @@ from plait.session import GenerationRequest
 from plait.units import format_bytes
 
 
-def load_engine(options: EngineOptions, *, on_progress: Callable[[int, int], None] | None = None) -> Engine:
+def load_engine(
+    options: EngineOptions,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+    group: RankGroup | None = None,
+) -> Engine:
     """Read a checkpoint, take the KV memory and return an engine that can serve.
 
-    `on_progress` is told the bytes read and the bytes to read.
+    `on_progress` is told the bytes read and the bytes to read. The model is divided over the ranks of `group`, of which
+    this process is the first.
 
     Raises:
         BadSetup: checkpoint, tokenizer, memory and options do not fit together; nothing stays loaded.
@@ -29,29 +39,36 @@ def load_engine(options: EngineOptions, *, on_progress: Callable[[int, int], Non
     torch.set_num_threads(options.threads or usable_cores())
     policy = policy_named(options.policy)
     checkpoint = open_checkpoint(options.folder)
-    spec, dtype = checkpoint.spec, DTYPES[options.dtype]
+    spec = checkpoint.spec
     tokenizer = Tokenizer(
         options.folder, model_vocab_tokens=spec.vocab_tokens, chat_template=options.chat_template
     )
-    blocks = range(len(spec.blocks))
-    extent_bytes = kv_extent_bytes(spec, blocks, options.block_tokens, dtype)
-    kv_blocks = options.kv_cache_bytes // extent_bytes
+    parts = _kernel_parts if native.uses_kernels(options, spec) else _torch_parts
+    build = parts(options, checkpoint, tokenizer.vocab_tokens)
+    kv_blocks = options.kv_cache_bytes // build.extent_bytes
     if kv_blocks < 2:
         raise BadSetup(
             f"a KV cache of {format_bytes(options.kv_cache_bytes)} holds {kv_blocks} blocks of "
-            f"{options.block_tokens} tokens ({format_bytes(extent_bytes)} each) and at least 2 are needed; "
+            f"{options.block_tokens} tokens ({format_bytes(build.extent_bytes)} each) and at least 2 are needed; "
             "raise --kv-cache-memory"
         )
     max_model_tokens = _max_model_tokens(options, spec.max_model_tokens, kv_blocks)
-    weights = load_weights(
-        checkpoint, blocks=None, dtype=dtype, device=options.device, on_progress=on_progress
-    )
-    decoder = Decoder(spec, weights, device=options.device, dtype=dtype)
-    store = KvStore(spec, blocks, kv_blocks, options.block_tokens, dtype=dtype, device=options.device)
-    host_kv_blocks = options.swap_bytes // extent_bytes
-    host_store = None
-    if host_kv_blocks:
-        host_store = KvStore(spec, blocks, host_kv_blocks, options.block_tokens, dtype=dtype, device="cpu")
+    host_kv_blocks = options.swap_bytes // build.extent_bytes
+    if group is None:
+        decoder = build.load_decoder(on_progress)
+        store = build.make_store(kv_blocks, options.device)
+        host_store = build.make_store(host_kv_blocks, "cpu") if host_kv_blocks else None
+    else:
+        rank = lead_ranks(
+            group,
+            options,
+            checkpoint,
+            kv_blocks=kv_blocks,
+            host_kv_blocks=host_kv_blocks,
+            token_limit=tokenizer.vocab_tokens,
+            on_progress=on_progress,
+        )
+        decoder, store, host_store = rank.decoder, rank.store, rank.host_store
     scheduler = Scheduler(
         policy,
         KvBlockPool(kv_blocks, options.block_tokens),
@@ -63,7 +80,7 @@ def load_engine(options: EngineOptions, *, on_progress: Callable[[int, int], Non
         """What the content of a request's KV blocks depends on, besides its tokens."""
         rope = spec.rope_variant(max_sequence_tokens)
         model = f"{checkpoint.fingerprint} {rope}"
-        return PrefixNamespace(model=model, kv_format=options.dtype, salt=request.cache_salt).root_key
+        return PrefixNamespace(model=model, kv_format=build.kv_format, salt=request.cache_salt).root_key
 
     return Engine(
         decoder=decoder,
@@ -76,6 +93,69 @@ def load_engine(options: EngineOptions, *, on_progress: Callable[[int, int], Non
         namespace_of=namespace_of,
         prefix_caching=options.prefix_caching,
         seed=options.seed,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """How one way to compute gets its decoder and its KV memory; nothing large is taken before it is asked for."""
+
+    extent_bytes: int
+    kv_format: str
+    load_decoder: Callable[[Progress | None], SpanDecoder]
+    make_store: Callable[[int, str], KvExtents]
+
+
+def _torch_parts(options: EngineOptions, checkpoint: Checkpoint, token_limit: int) -> _Parts:
+    spec, dtype, block_tokens = checkpoint.spec, DTYPES[options.dtype], options.block_tokens
+
+    def load_decoder(on_progress: Progress | None) -> Decoder:
+        weights = load_weights(
+            checkpoint, blocks=None, dtype=dtype, device=options.device, on_progress=on_progress
+        )
+        return Decoder(spec, weights, device=options.device, dtype=dtype)
+
+    def make_store(kv_blocks: int, device: str) -> KvExtents:
+        return KvStore(spec, spec.all_blocks, kv_blocks, block_tokens, dtype=dtype, device=device)
+
+    return _Parts(
+        extent_bytes=kv_extent_bytes(spec, spec.all_blocks, block_tokens, dtype),
+        kv_format=options.dtype,
+        load_decoder=load_decoder,
+        make_store=make_store,
+    )
+
+
+def _kernel_parts(options: EngineOptions, checkpoint: Checkpoint, token_limit: int) -> _Parts:
+    spec, block_tokens = checkpoint.spec, options.block_tokens
+    format, kv_format = native.weight_format(options), native.kernel_kv_format(options)
+
+    def load_decoder(on_progress: Progress | None) -> SpanDecoder:
+        threads = options.threads or usable_cores()
+        weights = load_packed(
+            checkpoint,
+            format=format,
+            threads=threads,
+            cache=packed_cache_folder(checkpoint) if options.packed_cache else None,
+            on_progress=on_progress,
+        )
+        return native.NativeDecoder(
+            spec,
+            weights,
+            threads=threads,
+            kv_format=kv_format,
+            block_tokens=block_tokens,
+            token_limit=token_limit,
+        )
+
+    def make_store(kv_blocks: int, device: str) -> KvExtents:
+        return native.make_kv_store(spec, spec.all_blocks, kv_blocks, block_tokens, kv_format)
+
+    return _Parts(
+        extent_bytes=native.kv_extent_bytes(spec, spec.all_blocks, block_tokens, kv_format),
+        kv_format=f"{format} {kv_format}",
+        load_decoder=load_decoder,
+        make_store=make_store,
     )
 
 

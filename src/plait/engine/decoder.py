@@ -6,6 +6,7 @@ does differently is data in the `ModelSpec`: this file knows no family.
 """
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as functional
@@ -18,7 +19,26 @@ from plait.engine.rotary import FrequencyTables
 from plait.engine.step import SequenceChunk, Step
 from plait.model import BlockSpec, ModelSpec
 
-__all__ = ["Decoder", "SequenceChunk"]
+__all__ = ["Decoder", "SequenceChunk", "SpanDecoder"]
+
+
+class SpanDecoder(Protocol):
+    """What the engine needs of a decoder, whatever computes it."""
+
+    spec: ModelSpec
+    blocks: range
+    finds_best: bool
+    """Whether chunks may ask for their best tokens only (`SequenceChunk.top_logits`)."""
+    best: Sequence[Sequence[tuple[int, float]]]
+    """Of the latest pass: for each chunk that asked for its best tokens, (id, logit), best first."""
+
+    def forward(self, chunks: Sequence[SequenceChunk], store: Any, hidden: Tensor | None = None) -> Tensor:
+        """Run the chunks over KV memory of this decoder's own layout; see `Decoder.forward`."""
+        ...
+
+    def non_finite(self) -> str:
+        """Where the latest pass first met a value that is not finite; "" if nowhere, or if it does not look."""
+        ...
 
 
 class Decoder:
@@ -27,6 +47,9 @@ class Decoder:
     Several decoders over consecutive spans, each fed with the hidden states of the one before, compute exactly what one
     over all blocks does.
     """
+
+    finds_best = False
+    best: Sequence[Sequence[tuple[int, float]]] = ()
 
     def __init__(
         self, spec: ModelSpec, weights: Weights, *, device: torch.device | str, dtype: torch.dtype
@@ -73,6 +96,10 @@ class Decoder:
         if not self._decides:
             return step.to_chunk_order(flat)
         return self._logits(flat.index_select(0, step.logit_rows()))
+
+    def non_finite(self) -> str:
+        """Nothing: what is not finite shows in the logits."""
+        return ""
 
     def _embed(self, step: Step) -> Tensor:
         assert self._embedding is not None

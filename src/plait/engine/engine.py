@@ -9,6 +9,7 @@ the scheduler's known tokens (what to compute), a live sequence's outputs (what 
 detokenizer (what was shown).
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ from dataclasses import dataclass
 import torch
 
 from plait.engine.constraints import ConstraintCompiler, Matcher
-from plait.engine.decoder import Decoder, SequenceChunk
+from plait.engine.decoder import SequenceChunk, SpanDecoder
 from plait.engine.detokenizer import IncrementalDetokenizer
-from plait.engine.kv_store import KvStore
+from plait.engine.kv_store import KvExtents
 from plait.engine.live import BeamProgress, LiveRequest, LiveSequence
 from plait.engine.sampling import SampledToken, SamplingRow, position_logprobs, sample_rows, top_candidates
 from plait.engine.tokenizer import Tokenizer
@@ -54,9 +55,9 @@ class Engine:
     def __init__(
         self,
         *,
-        decoder: Decoder,
-        store: KvStore,
-        host_store: KvStore | None,
+        decoder: SpanDecoder,
+        store: KvExtents,
+        host_store: KvExtents | None,
         scheduler: Scheduler,
         tokenizer: Tokenizer,
         eos_token_ids: frozenset[int],
@@ -198,16 +199,17 @@ class Engine:
                 self._prompt_tokens += len(live.request.prompt_token_ids)
         with torch.inference_mode():
             self._move_blocks(step)
-            logits = None
-            if step.chunks:
-                logits = self._decoder.forward([self._chunk(chunk) for chunk in step.chunks], self._store)
+            if not step.chunks:
+                self._scheduler.complete(step)
+                self._step = None
+                return []
+            chunks = [self._chunk(chunk) for chunk in step.chunks]
+            logits = self._decoder.forward(chunks, self._store)
             self._scheduler.complete(step)
             self._step = None
-            if logits is None:
-                return []
             self._steps += 1
             self._step_tokens += step.tokens
-            gained = self._take_logits(step.chunks, logits)
+            gained = self._take_logits(step.chunks, chunks, logits)
         return self._deltas(gained)
 
     def prompt_logits(self, token_ids: Sequence[int]) -> torch.Tensor:
@@ -288,21 +290,29 @@ class Engine:
             kv_blocks=chunk.kv_blocks,
             rope_tokens=live.max_sequence_tokens,
             logit_rows=_logit_rows(live, chunk),
+            top_logits=1 if self._decoder.finds_best and chunk.samples and live.takes_best_token else 0,
         )
 
-    def _take_logits(self, chunks: Sequence[ScheduledChunk], logits: torch.Tensor) -> list[LiveRequest]:
-        """Sample every row that is due; returns the requests that gained something, in batch order."""
+    def _take_logits(
+        self, chunks: Sequence[ScheduledChunk], ran: Sequence[SequenceChunk], logits: torch.Tensor
+    ) -> list[LiveRequest]:
+        """Sample every row that is due; returns the requests that gained something, in batch order.
+
+        `ran` is what the decoder got for each chunk; `logits` are the rows of those that wanted all of them.
+        """
+        best_tokens = iter(self._decoder.best)
+        token_of: list[tuple[LiveRequest, LiveSequence, SampledToken]] = []
         rows: list[SamplingRow] = []
         row_logits: list[int] = []
         owners: list[tuple[LiveRequest, LiveSequence]] = []
         gained: list[LiveRequest] = []
         first_row = 0
-        for chunk in chunks:
+        for chunk, given in zip(chunks, ran, strict=True):
             live = self._live[chunk.request_id]
-            row_count = _logit_rows(live, chunk)
             if live.wants_prompt_rows:
-                self._take_prompt_logprobs(live, chunk, logits[first_row : first_row + row_count])
-            first_row += row_count
+                self._take_prompt_logprobs(live, chunk, logits[first_row : first_row + given.logit_rows])
+            if not given.top_logits:
+                first_row += given.logit_rows
             if not chunk.samples:
                 continue
             last_row = first_row - 1
@@ -316,6 +326,10 @@ class Engine:
                 live.fan_out()
                 self._scheduler.fork(live.request.id, (0,) * len(live.sequences))
                 sequences = live.sequences
+            if given.top_logits:
+                token = self._best_token(live, next(best_tokens)[0])
+                token_of.extend((live, sequence, token) for sequence in sequences if token is not None)
+                continue
             for sequence in sequences:
                 rows.append(live.sampling_row(sequence))
                 row_logits.append(last_row)
@@ -325,7 +339,9 @@ class Engine:
                 logits = logits[torch.tensor(row_logits, device=logits.device)]
             for (live, sequence), token in zip(owners, self._sample(logits, rows, owners), strict=True):
                 if token is not None:
-                    self._append(live, sequence, token)
+                    token_of.append((live, sequence, token))
+        for live, sequence, token in token_of:
+            self._append(live, sequence, token)
         unique = dict.fromkeys(live.request.id for live in gained)
         return [self._live[id] for id in unique if id in self._live]
 
@@ -348,6 +364,18 @@ class Engine:
                     sampled.append(None)
                     self._fail(owners[index][0], failure)
             return sampled
+
+    def _best_token(self, live: LiveRequest, best: tuple[int, float]) -> SampledToken | None:
+        """The greedy choice that the decoder made itself."""
+        token_id, logit = best
+        if math.isfinite(logit):
+            return SampledToken(token_id)
+        self._fail(live, EngineFailure(f"the largest logit is {logit}{self._where_non_finite()}"))
+        return None
+
+    def _where_non_finite(self) -> str:
+        where = self._decoder.non_finite()
+        return f"; activations stopped being finite in {where}" if where else ""
 
     def _fail(self, live: LiveRequest, failure: ServingError) -> None:
         if live.request.id in self._live:

@@ -136,6 +136,22 @@ class LiveRequest:
         self.sequences = [self.sequences[0].fork(index) for index in range(self.sampling.sequences)]
         self.fanned_out = True
 
+    @property
+    def takes_best_token(self) -> bool:
+        """Whether its next tokens are simply the most likely ones: no other logit than the largest matters."""
+        params = self.row_params
+        held_back = params.min_tokens > min(len(each.output_token_ids) for each in self.sequences)
+        return (
+            params.greedy
+            and params.logprobs is None
+            and not params.logit_bias
+            and not params.penalised
+            and not (held_back and self.stop_token_ids)
+            and self.beam is None
+            and self.sequences[0].matcher is None
+            and not self.wants_prompt_rows
+        )
+
     def sampling_row(self, sequence: LiveSequence) -> SamplingRow:
         """What decides the next token of a sequence, besides its logits."""
         return SamplingRow(

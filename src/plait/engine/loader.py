@@ -1,21 +1,18 @@
 # pyright: standard
 """Reads the weights of a span of blocks: only its own tensors, each once, straight into its place in memory.
 
-The files are memory-mapped. A stored tensor is copied (and converted) from the map into its slot, so the extra memory
-at any moment is the pages of one tensor, plus one copy of it where its rows have to be reordered.
+A stored tensor is mapped, copied (and converted) into its slot, and unmapped, so the extra memory at any moment is the
+pages of one tensor, plus one copy of it where its rows have to be reordered.
 """
 
-import math
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from plait.engine.checkpoint import Checkpoint, StoredTensor
+from plait.engine.stored import check_finite, map_stored, unpack_mxfp4
 from plait.errors import BadSetup
 from plait.model import ModelSpec, PlannedTensor, SlotKey
 
@@ -76,77 +73,41 @@ def load_weights(
     done_bytes = 0
     if on_progress:
         on_progress(0, total_bytes)
-    with ExitStack() as open_files:
-        opened: dict[Path, safe_open] = {}
-
-        def read(stored: StoredTensor) -> Tensor:
-            nonlocal done_bytes
-            if stored.file not in opened:
-                opened[stored.file] = open_files.enter_context(_opened(stored))
-            done_bytes += stored.size_bytes
-            return _read(opened[stored.file], stored)
-
-        for stored, planned in by_place:
-            if planned.scales is None:
-                _fill(tensors[planned.key], planned, read(stored), stored)
-            else:
-                _fill_packed(
-                    tensors[planned.key], planned, read(stored), read(checkpoint.tensors[planned.scales])
-                )
-            if on_progress:
-                on_progress(done_bytes, total_bytes)
+    for stored, planned in by_place:
+        if planned.scales is None:
+            fill_slot(tensors[planned.key], planned, stored)
+        else:
+            scales = checkpoint.tensors[planned.scales]
+            _fill_packed(tensors[planned.key], planned, map_stored(stored), map_stored(scales))
+        done_bytes += sum(checkpoint.tensors[name].size_bytes for name, _ in planned.stored())
+        if on_progress:
+            on_progress(done_bytes, total_bytes)
     spec = checkpoint.spec
     return Weights(spec=spec, blocks=spec.all_blocks if blocks is None else blocks, tensors=tensors)
 
 
-def _opened(stored: StoredTensor) -> safe_open:
-    try:
-        return safe_open(stored.file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise BadSetup(f"{stored.file} cannot be read: {error}; download it again") from None
+def fill_slot(slot: Tensor, planned: PlannedTensor, stored: StoredTensor) -> None:
+    """Read one stored tensor to its place, in our row order.
+
+    Raises:
+        BadSetup: it cannot be read, or holds values that are not finite.
+    """
+    values = map_stored(stored)
+    check_finite(values, stored)
+    place_rows(slot if planned.expert is None else slot[planned.expert], planned, values)
 
 
-def _read(file: safe_open, stored: StoredTensor) -> Tensor:
-    try:
-        return file.get_tensor(stored.name)
-    except (SafetensorError, OSError) as error:
-        raise BadSetup(
-            f"{stored.file}: tensor {stored.name!r} cannot be read: {error}; download it again"
-        ) from None
-
-
-def _fill(slot: Tensor, planned: PlannedTensor, values: Tensor, stored: StoredTensor) -> None:
-    """Copy one stored tensor to its place, in our row order."""
-    # One pass in float32: the sum of finite weights is finite, and an infinity or NaN survives it.
-    if not math.isfinite(float(values.sum(dtype=torch.float32))) and not bool(torch.isfinite(values).all()):
-        raise BadSetup(
-            f"{stored.file}: tensor {stored.name!r} of shape {list(stored.shape)} holds values that are not finite; "
-            "download the file again"
-        )
+def place_rows(place: Tensor, planned: PlannedTensor, values: Tensor) -> None:
+    """Copy a stored tensor's rows, or those of one expert of a stack, to where they belong in theirs."""
     if planned.transposed:
         values = values.transpose(-1, -2)
     row_axis = -1 if planned.key.kind == "bias" or values.dim() == 1 else -2
     if planned.row_order is not None:
         values = values.index_select(row_axis, torch.from_numpy(planned.row_order))
-    place = slot if planned.expert is None else slot[planned.expert]
     place.narrow(row_axis, planned.row_offset, planned.rows).copy_(values)
-
-
-# The sixteen values of a 4-bit float with 2 exponent bits and 1 of mantissa: OCP Microscaling formats 1.0, 5.3.3.
-_FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-_SCALE_BIAS = 127
-
-
-def unpack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Float32 [..., columns] from bytes [..., columns / 32, 16], low half first, and exponents [..., columns / 32]."""
-    values = torch.tensor(_FP4_VALUES, dtype=torch.float32)
-    codes = torch.stack((blocks & 0x0F, blocks >> 4), dim=-1).flatten(-2)  # [..., columns / 32, 32]
-    return torch.ldexp(values[codes.int()], (scales.int() - _SCALE_BIAS)[..., None]).flatten(-2)
 
 
 def _fill_packed(slot: Tensor, planned: PlannedTensor, blocks: Tensor, scales: Tensor) -> None:
     """Unpack experts one by one, so that no more than one of them is ever held in float32."""
-    order = None if planned.row_order is None else torch.from_numpy(planned.row_order)
     for expert in range(blocks.shape[0]):
-        rows = unpack_mxfp4(blocks[expert], scales[expert])
-        slot[expert].copy_(rows if order is None else rows[order])
+        place_rows(slot[expert], planned, unpack_mxfp4(blocks[expert], scales[expert]))

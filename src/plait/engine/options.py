@@ -32,10 +32,26 @@ CPU_KV_CACHE_MAX_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TensorParallel:
+    """Over how many processes a model is divided, and which of them this one is; rank 0 has the engine.
+
+    `address`: host and port at which rank 0 meets ranks on other hosts; None starts all of them on this one.
+    `timeout_s`: how long a rank may leave the others waiting before it counts as lost.
+    """
+
+    size: int = 1
+    rank: int = 0
+    address: tuple[str, int] | None = None
+    timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
     """How one engine serves one model.
 
     `max_model_tokens` None takes the model's own limit, lowered to what the KV cache can hold.
+    `quantization` is how the weights are packed for the CPU kernels: none, int8, int4 (groups of 32) or int4-g128.
+    `kv_cache_dtype` auto is the dtype of the arithmetic. `packed_cache`: whether packed weights are kept on the disk.
     `swap_bytes` is host memory for preempted sequences (0: preemption always recomputes).
     `chat_template` replaces the checkpoint's own: the path of a file, or the template itself.
     """
@@ -44,6 +60,9 @@ class EngineOptions:
     chat_template: str | None = None
     device: str = "cpu"
     dtype: str = "float32"
+    quantization: str = "none"
+    kv_cache_dtype: str = "auto"
+    packed_cache: bool = True
     max_model_tokens: int | None = None
     kv_cache_bytes: int = 2**30
     swap_bytes: int = 0
@@ -53,7 +72,8 @@ class EngineOptions:
     prefix_caching: bool = True
     seed: int = 0
     threads: int = 0
-    """CPU threads for tensor work; 0 takes one per core that this process may use."""
+    """CPU threads for tensor work, in each process; 0 shares out the cores that this process may use."""
+    tensor_parallel: TensorParallel = TensorParallel()
 
 
 def choose_device(asked: str) -> str:
@@ -77,7 +97,7 @@ def choose_device(asked: str) -> str:
 
 
 def choose_dtype(asked: str, *, device: str, checkpoint_dtype: str) -> str:
-    """Turn `auto` into the dtype of the arithmetic.
+    """Turn `auto` into the dtype of torch's arithmetic.
 
     On a CPU that is float32: plain torch is no faster in bfloat16 without AMX, and float32 keeps the
     tokens those of the reference. On a GPU it is the checkpoint's own type (float32 ones run in bfloat16).

@@ -55,14 +55,6 @@ class SamplingRow:
     allowed: npt.NDArray[np.int32] | None = None
 
     @property
-    def penalised(self) -> bool:
-        """Whether earlier tokens change the logits of this row."""
-        params = self.params
-        return bool(
-            params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
-        )
-
-    @property
     def holds_back_stop(self) -> bool:
         """Whether this row is too short to stop."""
         return bool(self.stop_token_ids) and len(self.output_token_ids) < self.params.min_tokens
@@ -214,7 +206,7 @@ def _check_sampleable(best: Tensor, rows: Sequence[SamplingRow]) -> None:
 def _apply_bias_penalties_masks(raw: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Return `raw` itself if no row changes anything, else a changed copy. [rows, vocab] both."""
     biased = [index for index, row in enumerate(rows) if row.params.logit_bias]
-    penalised = [index for index, row in enumerate(rows) if row.penalised]
+    penalised = [index for index, row in enumerate(rows) if row.params.penalised]
     masked = [index for index, row in enumerate(rows) if row.allowed is not None]
     held = [index for index, row in enumerate(rows) if row.holds_back_stop]
     if not (biased or penalised or masked or held):

@@ -32,6 +32,8 @@ class SequenceChunk:
     """The longest this request may become: chooses among the frequencies of longrope and dynamic NTK."""
     logit_rows: int
     """How many of its last rows need logits: 0 for a chunk of a longer prompt, usually 1."""
+    top_logits: int = 0
+    """0: those rows need all their logits; k: the k best tokens will do, from a decoder that finds them itself."""
 
 
 class Step:

@@ -139,6 +139,11 @@ class SamplingParams:
         """Whether the most likely token is always taken."""
         return self.temperature < GREEDY_BELOW
 
+    @property
+    def penalised(self) -> bool:
+        """Whether earlier tokens change the logits of later ones."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
 
 # Dividing float32 logits by less may overflow.
 MIN_REPETITION_PENALTY = 0.01

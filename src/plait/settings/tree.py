@@ -50,6 +50,16 @@ def _split_commas(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _check_address(address: str | None) -> str | None:
+    if address is None:
+        return None
+    host, colon, port = address.rpartition(":")
+    if not (host and colon and port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
+        raise ValueError("write it as host:port, such as 10.0.0.1:29500")
+    return address
+
+
+Address = Annotated[str | None, AfterValidator(_check_address)]
 Device = Annotated[str, AfterValidator(_check_device)]
 SwapBytes = Annotated[int, BeforeValidator(_read_swap)]
 SizeBytes = Annotated[int, BeforeValidator(_read_size)]
@@ -72,11 +82,23 @@ class ModelSettings(Section):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float", "half", "fp32", "bf16", "fp16"] = (
         setting(
-            "auto", "Type of the arithmetic and of the KV cache; auto is float32 on a CPU.", flag="--dtype"
+            "auto",
+            "Type of the arithmetic; auto is the model's own on a GPU, and on a CPU bfloat16 where plait's kernels run "
+            "the model, else float32.",
+            flag="--dtype",
         )
     )
-    quantization: Literal["none"] = setting(
-        "none", "How weights are quantized when loaded; only `none` exists so far.", flag="--quantization"
+    quantization: Literal["none", "int8", "int4", "int4-g128"] = setting(
+        "none",
+        "How weights are quantized when loaded, on a CPU: int8 has a scale for each output, int4 one for every 32 "
+        "inputs of it, int4-g128 for every 128.",
+        flag="--quantization",
+    )
+    packed_cache: bool = setting(
+        True,
+        "Whether what the CPU kernels make of the weights is kept on the disk, so that later starts are fast; "
+        "`plait cache` shows it.",
+        flag="--packed-cache",
     )
     max_tokens: int | None = setting(
         None,
@@ -105,6 +127,34 @@ class EngineSettings(Section):
         ge=0,
     )
     seed: int = setting(0, "Seeds requests that bring none.", flag="--seed", ge=0, lt=2**63)
+    tensor_parallel_size: int = setting(
+        1,
+        "Processes over which the model is divided, on a CPU; each has a part of every matrix.",
+        unit="processes",
+        flag="--tensor-parallel-size",
+        ge=1,
+        le=64,
+    )
+    tensor_parallel_rank: int = setting(
+        0,
+        "Which of them this is: 0 serves, the others take part in its steps.",
+        flag="--tensor-parallel-rank",
+        ge=0,
+        le=63,
+    )
+    tensor_parallel_address: Address = setting(
+        None,
+        "Where rank 0 listens for ranks on other machines, as host:port; without it all are started on this one. Ranks "
+        "are not asked who they are: for a network that only they can reach.",
+        flag="--tensor-parallel-address",
+    )
+    tensor_parallel_timeout_s: float = setting(
+        30.0,
+        "How long a rank may keep the others waiting before it counts as lost.",
+        unit="seconds",
+        gt=0,
+        le=86400,
+    )
 
 
 class KvCacheSettings(Section):
@@ -116,6 +166,11 @@ class KvCacheSettings(Section):
         unit="bytes",
         flag="--kv-cache-memory",
         ge=1,
+    )
+    dtype: Literal["auto", "bfloat16", "int8"] = setting(
+        "auto",
+        "Type of the keys and values; auto is that of the arithmetic, int8 is for CPUs and takes half of bfloat16.",
+        flag="--kv-cache-dtype",
     )
     gpu_memory_fraction: float = setting(
         0.9,

@@ -15,15 +15,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Self
 
-from plait.engine import Engine, EngineOptions, EngineStatus, Matcher, Tokenizer, load_engine
-from plait.errors import BadSetup, EngineFailure, NotReady, ServingError
+from plait.engine import Engine, EngineOptions, EngineStatus, Matcher, Tokenizer
+from plait.errors import BadSetup, EngineFailure, EngineLost, NotReady, ServingError
 from plait.ids import RequestId
 from plait.session import Constraint, GenerationRequest, RequestDelta, merge_deltas
+from plait.worker.tensor_parallel import load_divided
 
 EngineState = Literal["loading", "ready", "draining", "failed"]
 log = logging.getLogger(__name__)
@@ -256,8 +257,12 @@ class AsyncEngine:
     # -- the engine's thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
+        with ExitStack() as ranks:  # processes that share the model: they end with this thread
+            self._load_and_serve(ranks)
+
+    def _load_and_serve(self, ranks: ExitStack) -> None:
         try:
-            engine = self._load()
+            engine = self._load(ranks)
         except ServingError as error:
             self._fail(error)
             return
@@ -273,15 +278,16 @@ class AsyncEngine:
             self._serve(engine)
         except Exception as error:
             log.exception("the engine stopped")
-            self._fail(EngineFailure(f"the engine stopped: {type(error).__name__}: {error}"))
+            self._fail(EngineFailure(f"the engine stopped: {_described(error)}"))
 
-    def _load(self) -> Engine:
+    def _load(self, ranks: ExitStack) -> Engine:
         def on_progress(progress: LoadProgress) -> None:
             self.load_progress = progress
 
         options = self._options(on_progress)
-        return load_engine(
+        return load_divided(
             options,
+            ranks,
             on_progress=lambda done, total: on_progress(LoadProgress("reading weights", done, total)),
         )
 
@@ -317,9 +323,9 @@ class AsyncEngine:
                     failed_steps = 0
                     sent.extend((delta.request_id, delta) for delta in deltas)
                 except Exception as error:
-                    failed_steps += 1
+                    failed_steps = MAX_FAILED_STEPS if isinstance(error, EngineLost) else failed_steps + 1
                     log.exception("a step failed")
-                    failure = EngineFailure(f"a step of the engine failed: {type(error).__name__}: {error}")
+                    failure = EngineFailure(f"a step of the engine failed: {_described(error)}")
                     sent.extend((id, failure) for id in engine.abort_running())
                     if failed_steps == MAX_FAILED_STEPS:
                         self._post(self._deliver, sent)
@@ -361,6 +367,10 @@ class AsyncEngine:
         except RuntimeError:
             # The event loop is closed: nobody is left to be told.
             log.debug("event loop is closed")
+
+
+def _described(error: Exception) -> str:
+    return error.message if isinstance(error, ServingError) else f"{type(error).__name__}: {error}"
 
 
 def _settle(answer: "asyncio.Future[Matcher]", outcome: Matcher | ServingError) -> None:

@@ -1,9 +1,9 @@
 """Offline use: the same engine, driven by the caller's thread. Names and shapes are those vLLM users know."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,11 +12,9 @@ from torch import Tensor
 
 from plait.engine import (
     EngineOptions,
-    choose_device,
-    choose_dtype,
-    choose_kv_cache_bytes,
-    load_engine,
-    open_checkpoint,
+    TensorParallel,
+    Wishes,
+    decide_options,
     resolve_model,
 )
 from plait.errors import BadRequest
@@ -31,6 +29,7 @@ from plait.session import (
     SequenceDelta,
 )
 from plait.units import parse_bytes
+from plait.worker.tensor_parallel import load_divided
 
 # A script hands over all its prompts at once, and nobody else waits behind them.
 OFFLINE_MAX_WAITING = 2**31
@@ -78,6 +77,9 @@ class LLM:
 
     `model` is `"tiny"` (shipped inside plait), a folder, or a repository id on the Hugging Face hub.
     `max_model_len` is in tokens; `kv_cache_memory` and `swap_space` are bytes or text such as `"2GiB"`.
+    `tensor_parallel_size` divides the model over so many processes, which end with `close` or with this one.
+    `quantization` (none, int8, int4, int4-g128) and `kv_cache_dtype` (auto, bfloat16, int8) are for plait's CPU
+    kernels, and so is `packed_cache`, which keeps their form of the weights on the disk.
 
     Raises:
         BadSetup: the model cannot be found, read or held.
@@ -88,6 +90,8 @@ class LLM:
         model: str = "tiny",
         *,
         dtype: str = "auto",
+        quantization: str = "none",
+        kv_cache_dtype: str = "auto",
         device: str = "auto",
         seed: int = 0,
         max_model_len: int | None = None,
@@ -99,49 +103,49 @@ class LLM:
         policy: str = "paged",
         preemption: Preemption = "auto",
         enable_prefix_caching: bool = True,
+        packed_cache: bool = True,
         threads: int = 0,
+        tensor_parallel_size: int = 1,
     ) -> None:
-        folder: Path = resolve_model(model)
-        checkpoint = open_checkpoint(folder)
-        device = choose_device(device)
-        dtype = choose_dtype(dtype, device=device, checkpoint_dtype=checkpoint.dtype)
-        if kv_cache_memory is None:
-            kv_cache_bytes = choose_kv_cache_bytes(
-                device=device,
-                gpu_memory_fraction=gpu_memory_utilization,
-                weight_bytes=checkpoint.weight_bytes(dtype),
-            )
-        else:
-            kv_cache_bytes = parse_bytes(kv_cache_memory)
-        self._engine = load_engine(
-            EngineOptions(
-                folder=folder,
-                device=device,
-                dtype=dtype,
-                max_model_tokens=max_model_len,
-                kv_cache_bytes=kv_cache_bytes,
-                swap_bytes=parse_bytes(swap_space),
-                policy=policy,
-                limits=StepLimits(
-                    step_tokens=max_num_batched_tokens,
-                    max_running_sequences=max_num_seqs,
-                    max_waiting=OFFLINE_MAX_WAITING,
-                    preemption=preemption,
-                ),
-                prefix_caching=enable_prefix_caching,
-                seed=seed,
-                threads=threads,
-            )
+        options = EngineOptions(
+            folder=resolve_model(model),
+            packed_cache=packed_cache,
+            max_model_tokens=max_model_len,
+            swap_bytes=parse_bytes(swap_space),
+            policy=policy,
+            limits=StepLimits(
+                step_tokens=max_num_batched_tokens,
+                max_running_sequences=max_num_seqs,
+                max_waiting=OFFLINE_MAX_WAITING,
+                preemption=preemption,
+            ),
+            prefix_caching=enable_prefix_caching,
+            seed=seed,
+            threads=threads,
+            tensor_parallel=TensorParallel(size=tensor_parallel_size),
         )
-        self._request_numbers = count()
+        wishes = Wishes(
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
+            kv_cache_bytes=None if kv_cache_memory is None else parse_bytes(kv_cache_memory),
+            gpu_memory_fraction=gpu_memory_utilization,
+        )
+        self._load(decide_options(options, wishes))
 
     @classmethod
     def from_options(cls, options: EngineOptions) -> Self:
         """An LLM on an engine that is decided already."""
         llm = cls.__new__(cls)
-        llm._engine = load_engine(options)
-        llm._request_numbers = count()
+        llm._load(options)
         return llm
+
+    def _load(self, options: EngineOptions) -> None:
+        with ExitStack() as ranks:
+            self._engine = load_divided(options, ranks)
+            self._ranks = ranks.pop_all()
+        self._request_numbers = count()
 
     def __enter__(self) -> Self:
         return self
@@ -154,6 +158,7 @@ class LLM:
     def close(self) -> None:
         """Free the weights and the cache."""
         del self._engine
+        self._ranks.close()
 
     def generate(
         self,

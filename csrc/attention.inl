@@ -63,11 +63,12 @@ constexpr int value_columns(KvFormat format, int rows) {
 constexpr int64_t word_values(KvFormat format) { return format == KvFormat::bf16 ? 2 : 4; }
 constexpr int64_t weight_bytes(KvFormat format) { return format == KvFormat::bf16 ? 2 : 1; }
 
-// Tiles of a paged sequence lie anywhere, 1 to 4 KiB each, too short for the hardware's prefetching. What is needed soon
-// is fetched into L2, which gives up on some of it when memory cannot follow; so what is needed next is fetched once more.
+// Tiles of a paged sequence lie anywhere, 1 to 4 KiB each, too short for the hardware to guess. What is needed soon is
+// fetched into L2: reading 2 KiB tiles on Zen 4, that is 15 GB/s instead of 5 without and 10 by way of L1. When memory
+// cannot follow, L2 drops such requests, so what is needed next is fetched once more: one more GB/s where there is
+// enough to compute meanwhile, less than nothing where there is not.
 INLINE void fetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 INLINE void fetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
-// Where there is less to compute, memory is late anyway.
 constexpr bool fetches_twice(KvFormat format, int rows) { return format == KvFormat::bf16 && rows >= kValueRows; }
 
 // Products of either format.
@@ -79,7 +80,8 @@ INLINE F16 dot(F16 sum, B64 a, B64 b) { return dot_bf16(sum, a, b); }
 INLINE I16 dot(I16 sum, B64 unsigned_codes, B64 codes) { return dot_us(sum, unsigned_codes, codes); }
 
 constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kNegligible = 1e-30f;  // nothing is divided by less
+constexpr float kNegligible = 1e-30f;   // nothing is divided by less
+constexpr float kMostBf16 = 3.389e38f;  // what is larger may round to infinity
 
 // 2^x for x <= 0 or NaN: exactly 1 at 0 and 0 from -127 down; a denormal number, which counts as zero, just above. The
 // polynomial is the best of its degree on [-1/2, 1/2]; its relative error of 2^-18 is far below that of the weights in
@@ -124,7 +126,7 @@ INLINE Scale scale_of(const float* values, int64_t count) {
         spoiled = spoiled + (value - value);  // NaN for what is not finite
     }
     const float bound = max_of(largest);
-    const bool finite = sum_of(spoiled) == 0.0f;
+    const bool finite = sum_of(spoiled) == 0.0f && bound < kMostBf16;
     const bool codes = finite && bound > kNegligible;
     return {codes ? bound / 127.0f : 0.0f, codes ? 127.0f / bound : 0.0f, finite};
 }
@@ -223,13 +225,13 @@ template <class T> INLINE T* cut(Cutter& cutter, int64_t count) {
 }
 
 // Gives a unit its scratch memory, the scores last; returns how much that is. `tiles`: of which it needs the addresses;
-// `score_tiles`: whose scores it keeps.
-INLINE int64_t lay_out(Unit& unit, KvFormat format, int64_t dim, int64_t rows, int64_t tiles, int64_t score_tiles,
+// `kept_tiles`: whose scores it keeps.
+INLINE int64_t lay_out(Unit& unit, KvFormat format, int64_t dim, int64_t rows, int64_t tiles, int64_t kept_tiles,
                        std::byte* scratch) {
     Cutter cutter{scratch, 0};
     const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
     unit.rows = rows;
-    unit.stride = score_stride(score_tiles);
+    unit.stride = score_stride(kept_tiles);
     unit.count = cut<AttentionCount>(cutter, 1);
     unit.row = cut<ProductRow>(cutter, rows);
     unit.keys = cut<const std::byte*>(cutter, 2 * tiles + kAheadTiles);
@@ -400,9 +402,9 @@ INLINE F16 lane_numbers() {
 }
 // Minus infinity where the row does not see the key.
 INLINE F16 hide_unseen(F16 scores, int64_t first_token, const ProductRow& row) {
-    const F16 hidden = set_f(-__builtin_inff());
-    const F16 seen_later = select_gt_f(set_f(static_cast<float>(row.first - first_token)), lane_numbers(), hidden, scores);
-    return select_gt_f(set_f(static_cast<float>(row.end - first_token)), lane_numbers(), seen_later, hidden);
+    const F16 lanes = lane_numbers(), hidden = set_f(-__builtin_inff());
+    const F16 from_first = select_gt_f(set_f(static_cast<float>(row.first - first_token)), lanes, hidden, scores);
+    return select_gt_f(set_f(static_cast<float>(row.end - first_token)), lanes, from_first, hidden);
 }
 
 // Scores of the block of product rows from `first_row`, for those of the tiles [begin, end) that any of them sees.
@@ -524,28 +526,38 @@ static void weigh_block(const Unit& unit, int64_t first_row, int64_t rows, int64
     }
 }
 
-// Adds to C vectors of columns, from `column`, of R product rows: their weights times the values of `count` tiles. At
-// every `fetch_step`-th of them, from `fetch_first` on, a tile further ahead is fetched.
+// Weights and values that are multiplied in one pass.
+struct Pass {
+    const std::byte* weights;         // [product rows][512]
+    const float* steps;               // [product rows][32 tiles], int8 only
+    const std::byte* const* tiles;    // of values
+    int64_t count, dim;
+    int64_t fetch_first, fetch_step;  // at which of the tiles one further ahead is fetched
+    float* partial;                   // [product rows][stride]
+    int64_t stride;
+};
+
+// Adds R product rows' weights times values to their sums, for C vectors of columns from `column` on.
 template <KvFormat format, int R, int C>
-INLINE void add_values(const std::byte* weights, const float* steps, const std::byte* const* tiles, int64_t count,
-                       int64_t fetch_first, int64_t fetch_step, int64_t dim, int64_t column, float* partial,
-                       int64_t stride) {
+INLINE void add_values(const Pass& pass, int64_t column) {
     constexpr int words = 16 / word_values(format);
     constexpr int64_t row_bytes = kPartitionTokens * weight_bytes(format);
+    const int64_t word_bytes = 4 * pass.dim;
     F16 totals[R][C];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) totals[r][c] = load_f(partial + r * stride + column + 16 * c);
-    for (int64_t tile = 0; tile < count; ++tile) {
-        const std::byte* tile_values = tiles[tile] + 4 * column;
-        [[maybe_unused]] const std::byte* next = tiles[tile + 1] + 4 * column;
-        const std::byte* fetched = tile_values;  // which costs nothing, and no branch
-        if (tile == fetch_first) {
-            fetched = tiles[tile + kAheadTiles] + 4 * column;
-            fetch_first += fetch_step;
+        for (int c = 0; c < C; ++c) totals[r][c] = load_f(pass.partial + r * pass.stride + column + 16 * c);
+    int64_t fetch_next = pass.fetch_first;
+    for (int64_t tile = 0; tile < pass.count; ++tile) {
+        const std::byte* here = pass.tiles[tile] + 4 * column;
+        [[maybe_unused]] const std::byte* next = pass.tiles[tile + 1] + 4 * column;
+        const std::byte* ahead = here;  // is there already: no branch, and nothing to wait for
+        if (tile == fetch_next) {
+            ahead = pass.tiles[tile + kAheadTiles] + 4 * column;
+            fetch_next += pass.fetch_step;
         }
-        const std::byte* tile_weights = weights + tile * 16 * weight_bytes(format);
+        const std::byte* weights = pass.weights + tile * kTileTokens * weight_bytes(format);
         [[maybe_unused]] I16 sums[R][C];
         if constexpr (format == KvFormat::int8) {
 #pragma GCC unroll 8
@@ -558,13 +570,13 @@ INLINE void add_values(const std::byte* weights, const float* steps, const std::
             B64 values[C];
 #pragma GCC unroll 4
             for (int c = 0; c < C; ++c) {
-                values[c] = load_b(tile_values + word * 4 * dim + 64 * c);
-                fetch_far(fetched + word * 4 * dim + 64 * c);
-                if constexpr (fetches_twice(format, R)) fetch_near(next + word * 4 * dim + 64 * c);
+                values[c] = load_b(here + word * word_bytes + 64 * c);
+                fetch_far(ahead + word * word_bytes + 64 * c);
+                if constexpr (fetches_twice(format, R)) fetch_near(next + word * word_bytes + 64 * c);
             }
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                const B64 weight = repeat4(tile_weights + r * row_bytes + word * 4);
+                const B64 weight = repeat4(weights + r * row_bytes + word * 4);
 #pragma GCC unroll 4
                 for (int c = 0; c < C; ++c) {
                     if constexpr (format == KvFormat::bf16)
@@ -577,7 +589,7 @@ INLINE void add_values(const std::byte* weights, const float* steps, const std::
         if constexpr (format == KvFormat::int8) {
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                const F16 step = set_f(steps[r * kPartitionTiles + tile]);
+                const F16 step = set_f(pass.steps[r * kPartitionTiles + tile]);
 #pragma GCC unroll 4
                 for (int c = 0; c < C; ++c) totals[r][c] = totals[r][c] + to_f(sums[r][c]) * step;
             }
@@ -586,36 +598,27 @@ INLINE void add_values(const std::byte* weights, const float* steps, const std::
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) store_f(partial + r * stride + column + 16 * c, totals[r][c]);
+        for (int c = 0; c < C; ++c) store_f(pass.partial + r * pass.stride + column + 16 * c, totals[r][c]);
 }
 
 template <KvFormat format, int R>
-INLINE void add_all_columns(int64_t rows, const std::byte* weights, const float* steps, const std::byte* const* tiles,
-                            int64_t count, int64_t fetch_first, int64_t fetch_step, int64_t dim, float* partial,
-                            int64_t stride) {
+INLINE void add_all_columns(const Pass& pass, int64_t rows) {
     if constexpr (R > 1) {
-        if (rows < R) {
-            add_all_columns<format, R - 1>(rows, weights, steps, tiles, count, fetch_first, fetch_step, dim, partial,
-                                           stride);
-            return;
-        }
+        if (rows < R) return add_all_columns<format, R - 1>(pass, rows);
     }
-    // As few passes as possible, of as equal width as possible: 5 vectors are 3 and 2, not 4 and 1.
+    // As few steps as possible, of as equal width as possible: 5 vectors are 3 and 2, not 4 and 1.
     constexpr int C = value_columns(format, R);
     int64_t column = 0;
-    for (int64_t left = dim / 16; left > 0;) {
-        const int64_t passes = (left + C - 1) / C, width = (left + passes - 1) / passes;
-        const auto add = [&](auto kernel) __attribute__((always_inline)) {
-            kernel(weights, steps, tiles, count, fetch_first, fetch_step, dim, column, partial, stride);
-        };
+    for (int64_t left = pass.dim / 16; left > 0;) {
+        const int64_t steps = (left + C - 1) / C, width = (left + steps - 1) / steps;
         if (width == 4)
-            add(add_values<format, R, smaller(C, 4)>);
+            add_values<format, R, smaller(C, 4)>(pass, column);
         else if (width == 3)
-            add(add_values<format, R, smaller(C, 3)>);
+            add_values<format, R, smaller(C, 3)>(pass, column);
         else if (width == 2)
-            add(add_values<format, R, smaller(C, 2)>);
+            add_values<format, R, smaller(C, 2)>(pass, column);
         else
-            add(add_values<format, R, 1>);
+            add_values<format, R, 1>(pass, column);
         column += 16 * width;
         left -= width;
     }
@@ -633,15 +636,19 @@ static void multiply_block(const Unit& unit, int64_t first_row, int64_t rows, in
     const bool fetches = first_row == 0;
     const int64_t chunk = fetches ? kChunkTiles : kPartitionTiles, passes = (rows + kValueRows - 1) / kValueRows;
     for (int64_t tile = begin; tile < end; tile += chunk) {
-        const int64_t count = smaller(chunk, end - tile);
-        for (int64_t pass = 0; pass < passes; ++pass) {
-            const int64_t r = pass * kValueRows;
-            const std::byte* weights =
-                unit.weights + (r * kPartitionTokens + (tile - begin) * kTileTokens) * weight_bytes(format);
-            add_all_columns<format, kValueRows>(smaller(kValueRows, rows - r), weights,
-                                                unit.steps + r * kPartitionTiles + (tile - begin),
-                                                unit.values + (tile - unit.begin), count, fetches ? pass : count,
-                                                passes, dim, partial + r * stride, stride);
+        for (int64_t number = 0; number < passes; ++number) {
+            const int64_t r = number * kValueRows;
+            Pass pass;
+            pass.weights = unit.weights + (r * kPartitionTokens + (tile - begin) * kTileTokens) * weight_bytes(format);
+            pass.steps = unit.steps + r * kPartitionTiles + (tile - begin);
+            pass.tiles = unit.values + (tile - unit.begin);
+            pass.count = smaller(chunk, end - tile);
+            pass.dim = dim;
+            pass.fetch_first = fetches ? number : pass.count;
+            pass.fetch_step = passes;
+            pass.partial = partial + r * stride;
+            pass.stride = stride;
+            add_all_columns<format, kValueRows>(pass, smaller(kValueRows, rows - r));
         }
     }
 }
@@ -715,15 +722,15 @@ static void attend(const AttentionWork& work, const SequencePart& part, int64_t 
 // More product rows read the keys and values less often, and need more memory for their scores. Half of the L2 cache is
 // for scores, the rest for what passes through. (He et al. 2024 divide what a head's keys and values leave of L2, and
 // take all rows at once where they leave nothing; their scores then fill megabytes. Here they always have half.) Beyond
-// 64 product rows nothing is gained: reading a tile then costs 1/8 of computing with it.
+// 64 product rows nothing is gained: reading a tile then costs 1/8 of computing with it. Less than a block of product
+// rows is never worth it, even if their scores do fill L2: at 32,768 keys 4 were 3 to 13 % slower than 8.
 static int64_t attention_rows(const AttentionShape& shape, KvFormat, int64_t keys, int64_t l2_bytes) {
     const int64_t group = shape.heads / shape.kv_heads;
     int64_t seen = keys;
     if (shape.window_tokens > 0) seen = smaller(seen, shape.window_tokens + kMostProductRows);
     if (shape.chunk_tokens > 0) seen = smaller(seen, shape.chunk_tokens + kMostProductRows);
-    int64_t products = smaller(kMostProductRows, l2_bytes / 2 / (tiles_of(seen) * kTileTokens * 4));
-    if (products > kBlockRows) products -= products % kBlockRows;
-    return larger(1, products / group);
+    const int64_t products = smaller(kMostProductRows, l2_bytes / 2 / (tiles_of(seen) * kTileTokens * 4));
+    return larger(1, larger(products / kBlockRows, 1) * kBlockRows / group);
 }
 
 static int64_t attention_scratch_bytes(const AttentionShape& shape, KvFormat format, int64_t most_keys) {

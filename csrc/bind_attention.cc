@@ -194,7 +194,8 @@ class KvPages {
         run.units = static_cast<int64_t>(units.size());
         {
             const nb::gil_scoped_release released;
-            const int64_t scratch = kernels.attention_scratch_bytes(work.shape, layout.format, most_keys);
+            const int64_t keys = chosen == Way::two_dimensional ? std::max(most_keys, kPartitionTokens) : most_keys;
+            const int64_t scratch = kernels.attention_scratch_bytes(work.shape, layout.format, keys);
             reserve(round_up(scratch + kGuardBytes, 4096));
             if (watches_scratch) std::memset(scratch_->data(), kUntouched, scratch_->bytes());
             if (chosen == Way::split)

@@ -203,8 +203,8 @@ void bind_products(nb::module_& m) {
           nb::arg("bias").noconvert().none() = nb::none(), nb::arg("scale") = 1.0f, nb::arg("swiglu_alpha") = 0.0f,
           nb::arg("swiglu_limit") = 0.0f, nb::arg("input_rows").noconvert().none() = nb::none(),
           nb::arg("unit_rows") = 0, nb::arg("pool").none() = nb::none(), nb::arg("isa") = "",
-          "The matrix of `columns` outputs packed at byte `offset` of `memory`, times rows of its format, into float32 "
-          "`out`. Output row r is made from input row input_rows[r], or r. Units of work have `unit_rows` rows; 0: all.");
+          "The matrix of `columns` outputs packed at byte `offset` of `memory`, times rows of its format, into `out`, "
+          "float32. Output row r is made from input row input_rows[r], or r. A unit of work has `unit_rows` rows, or all.");
 }
 
 // ---- measures -------------------------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ static __attribute__((noinline)) void multiply_int4(const Tile& tile) {
             each<kVectors>(EACH_BODY(v) { sums[r][v] = start; });
         });
         for (int64_t step = 0; step < steps; ++step) {
-            // From three rows on the processor by itself looks too few bytes ahead (12 % at four rows); before, it harms.
+            // From three rows on the processor alone looks too few bytes ahead (12 % at four rows); before, it harms.
             if constexpr (rows > 2)
                 each<kVectors>(EACH_BODY(v) { prefetch(weights + kInt4AheadBytes + 64 * v); });
             B64 columns[kVectors];

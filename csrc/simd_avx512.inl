@@ -9,7 +9,7 @@ struct I16 { Int32x16 v; };
 struct B64 { __m512i v; };
 
 INLINE __m512i raw(I16 a) { return (__m512i)a.v; }
-INLINE I16 lanes(__m512i a) { return {(Int32x16)a}; }
+INLINE I16 from_raw(__m512i a) { return {(Int32x16)a}; }
 
 INLINE F16 load_f(const float* p) { return {_mm512_loadu_ps(p)}; }
 INLINE void store_f(float* p, F16 a) { _mm512_storeu_ps(p, a.v); }
@@ -27,17 +27,17 @@ INLINE F16 select_gt_f(F16 a, F16 b, F16 yes, F16 no) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), no.v, yes.v)};
 }
 
-INLINE I16 load_i(const int32_t* p) { return lanes(_mm512_loadu_si512(p)); }
+INLINE I16 load_i(const int32_t* p) { return from_raw(_mm512_loadu_si512(p)); }
 INLINE void store_i(int32_t* p, I16 a) { _mm512_storeu_si512(p, raw(a)); }
-INLINE I16 set_i(int32_t a) { return lanes(_mm512_set1_epi32(a)); }
-INLINE I16 operator+(I16 a, I16 b) { return lanes(_mm512_add_epi32(raw(a), raw(b))); }
-INLINE I16 operator-(I16 a, I16 b) { return lanes(_mm512_sub_epi32(raw(a), raw(b))); }
-template <int bits> INLINE I16 shift_left_i(I16 a) { return lanes(_mm512_slli_epi32(raw(a), bits)); }
-template <int bits> INLINE I16 shift_right_i(I16 a) { return lanes(_mm512_srai_epi32(raw(a), bits)); }
+INLINE I16 set_i(int32_t a) { return from_raw(_mm512_set1_epi32(a)); }
+INLINE I16 operator+(I16 a, I16 b) { return from_raw(_mm512_add_epi32(raw(a), raw(b))); }
+INLINE I16 operator-(I16 a, I16 b) { return from_raw(_mm512_sub_epi32(raw(a), raw(b))); }
+template <int bits> INLINE I16 shift_left_i(I16 a) { return from_raw(_mm512_slli_epi32(raw(a), bits)); }
+template <int bits> INLINE I16 shift_right_i(I16 a) { return from_raw(_mm512_srai_epi32(raw(a), bits)); }
 INLINE F16 to_f(I16 a) { return {_mm512_cvtepi32_ps(raw(a))}; }
-INLINE I16 round_to_i(F16 a) { return lanes(_mm512_cvtps_epi32(a.v)); }  // nearest, ties to even
+INLINE I16 round_to_i(F16 a) { return from_raw(_mm512_cvtps_epi32(a.v)); }  // nearest, ties to even
 INLINE F16 as_f(I16 a) { return {_mm512_castsi512_ps(raw(a))}; }
-INLINE I16 as_i(F16 a) { return lanes(_mm512_castps_si512(a.v)); }
+INLINE I16 as_i(F16 a) { return from_raw(_mm512_castps_si512(a.v)); }
 
 INLINE B64 load_b(const void* p) { return {_mm512_loadu_si512(p)}; }
 INLINE void store_b(void* p, B64 a) { _mm512_storeu_si512(p, a.v); }
@@ -66,29 +66,29 @@ INLINE void store_bf16(uint16_t* p, F16 a) {
 // Sixteen integers within -128 .. 127 (or 0 .. 255) as bytes, and signed bytes as integers.
 INLINE void store_i8(void* p, I16 a) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(raw(a))); }
 INLINE I16 load_i8(const void* p) {
-    return lanes(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+    return from_raw(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
 }
 
 // acc[i] += sum over j < 4 of u[4i + j] * s[4i + j]; u unsigned, s signed and not below -127. Exact.
 INLINE I16 dot_us(I16 acc, B64 u, B64 s) {
 #if defined(__AVX512VNNI__)
-    return lanes(_mm512_dpbusd_epi32(raw(acc), u.v, s.v));
+    return from_raw(_mm512_dpbusd_epi32(raw(acc), u.v, s.v));
 #else
     const __m512i ones = _mm512_set1_epi16(1);
     const __m512i low = _mm512_maddubs_epi16(_mm512_and_si512(u.v, _mm512_set1_epi8(0x7f)), s.v);
     const __m512i top = _mm512_and_si512(_mm512_srli_epi16(u.v, 7), _mm512_set1_epi8(1));
     const __m512i high = _mm512_slli_epi16(_mm512_maddubs_epi16(top, s.v), 7);
     const __m512i sum = _mm512_add_epi32(_mm512_madd_epi16(low, ones), _mm512_madd_epi16(high, ones));
-    return lanes(_mm512_add_epi32(raw(acc), sum));
+    return from_raw(_mm512_add_epi32(raw(acc), sum));
 #endif
 }
 // The same for u of at most 127, which is cheaper where byte products saturate.
 INLINE I16 dot_small_us(I16 acc, B64 u, B64 s) {
 #if defined(__AVX512VNNI__)
-    return lanes(_mm512_dpbusd_epi32(raw(acc), u.v, s.v));
+    return from_raw(_mm512_dpbusd_epi32(raw(acc), u.v, s.v));
 #else
     const __m512i pairs = _mm512_maddubs_epi16(u.v, s.v);
-    return lanes(_mm512_add_epi32(raw(acc), _mm512_madd_epi16(pairs, _mm512_set1_epi16(1))));
+    return from_raw(_mm512_add_epi32(raw(acc), _mm512_madd_epi16(pairs, _mm512_set1_epi16(1))));
 #endif
 }
 // acc[i] = (acc[i] + a[2i + 1] * b[2i + 1]) + a[2i] * b[2i] over bfloat16: what VDPBF16PS does.

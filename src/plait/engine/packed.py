@@ -108,9 +108,9 @@ def load_packed(
     """Pack a span (None: the whole model), or read it from the folder `cache` if it was packed before.
 
     `embedding_format` (None: `format`, but int8 beside int4) is that of the embedding and of the head, which some
-    models have in one matrix. At most the source of one matrix, or of one expert, is held beside the packed weights. A cache that is missing is
-    written; one that does not fit the checkpoint, or is damaged, is replaced, and the log says so. `on_progress` is
-    told bytes read and bytes to read; it begins anew where a cache turns out to be of no use.
+    models have in one matrix. At most the source of one matrix, or of one expert, is held beside the packed weights. A
+    cache that is missing is written; one that does not fit the checkpoint, or is damaged, is replaced, and the log says
+    so. `on_progress` is told bytes read and bytes to read; it begins anew where a cache turns out to be of no use.
 
     Raises:
         BadSetup: a tensor is missing, superfluous, misshapen, unreadable or not finite, the model cannot be cut so, or

@@ -55,8 +55,17 @@ class Bench:
     writes: bool
     absent: dict[str, str] = field(default_factory=dict[str, str])
 
-    def chosen(self, choices: Sequence[Choice]) -> Group:
-        return [choice for choice in choices if self.only.search(choice.name)]
+    def chosen(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups without the engines that nobody asked for, and only if they then add any to those before."""
+        kept: list[Group] = []
+        seen: set[str] = set()
+        for group in groups:
+            asked = [choice for choice in group if self.only.search(choice.name)]
+            names = {choice.name for choice in asked}
+            if names - seen:
+                kept.append(asked)
+                seen |= names
+        return kept
 
     def write(
         self, name: str, groups: Sequence[Group], samples: Any, summary: dict[str, Any], figures: list[Figure]
@@ -187,7 +196,7 @@ def run_command(asked: Sequence[Request]) -> dict[str, Any]:
 
 def _warm_up(engine: Driver) -> None:
     """Suspending cooled the caches and let the kernel take pages."""
-    engine.ask(run_command(requests(16, 8, seed=-1 % 2**32)))
+    engine.ask(run_command(requests(16, 8, seed=10**6)))
 
 
 def _compare(
@@ -200,7 +209,7 @@ def _compare(
     limit: Callable[[Choice], Limit],
 ) -> None:
     """Measure groups of in-process engines and write what they reached."""
-    groups = [bench.chosen(group) for group in groups]
+    groups = bench.chosen(groups)
     samples: list[list[Sample]] = []
     for group in groups:
         with ExitStack() as stack:
@@ -299,7 +308,7 @@ def _serve(bench: Bench, name: str, groups: Sequence[Group], ask: Callable[[int]
     """Measure groups of servers and write what they reached."""
     # A round of servers takes minutes: fewer of them.
     rounds = replace(bench.rounds, repetitions=min(bench.rounds.repetitions, 3 if name == "c16" else 2))
-    groups = [bench.chosen(group) for group in groups]
+    groups = bench.chosen(groups)
     samples: list[list[Sample]] = []
     for group in groups:
         with ExitStack() as stack:
@@ -335,17 +344,14 @@ def measure_context(bench: Bench) -> None:
     def pool_bytes(kv: str) -> int:
         return int(1.05 * CONTEXT_SEQUENCES * context_tokens * model.kv_token_bytes(kv))
 
-    group = bench.chosen(
-        [
-            *(engines.plait(model, "int8", kv=kv, kv_cache_bytes=pool_bytes(kv)) for kv in ("bf16", "int8")),
-            *(
-                engines.llama(
-                    model, "Q8_0", kv=kv, sequences=CONTEXT_SEQUENCES, context_tokens=context_tokens
-                )
-                for kv in ("f16", "q8_0")
-            ),
-        ]
-    )
+    every = [
+        *(engines.plait(model, "int8", kv=kv, kv_cache_bytes=pool_bytes(kv)) for kv in ("bf16", "int8")),
+        *(
+            engines.llama(model, "Q8_0", kv=kv, sequences=CONTEXT_SEQUENCES, context_tokens=context_tokens)
+            for kv in ("f16", "q8_0")
+        ),
+    ]
+    (group,) = bench.chosen([every]) or [[]]
     by_name = {choice.name: choice for choice in group}
     samples: dict[int, list[Sample]] = {}
     filled_s: dict[str, float] = {}
@@ -472,7 +478,7 @@ def measure_memory(bench: Bench) -> None:
 
 
 def _one_of_each(bench: Bench) -> Group:
-    every = {choice.name: choice for group in engine_groups(bench.model) for choice in bench.chosen(group)}
+    every = {choice.name: choice for group in bench.chosen(engine_groups(bench.model)) for choice in group}
     bench.absent.update(
         (choice.name, f"not installed: {choice.missing}") for choice in every.values() if choice.missing
     )

@@ -129,6 +129,8 @@ def ratio(samples: Sequence[Sample], over: str, under: str, key: str) -> dict[st
 
 def noise(samples: Sequence[Sample]) -> dict[str, Any]:
     """What the machine did during the measurements that count."""
+    if not samples:
+        return {}
     return {
         "cores used by others": spread([sample["foreign_cores"] for sample in samples]),
         "cores used by the host": spread([sample["stolen_cores"] for sample in samples]),

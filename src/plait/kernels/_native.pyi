@@ -63,7 +63,7 @@ def linear(
     isa: str = "",
 ) -> None:
     """
-    The matrix of `columns` outputs packed at byte `offset` of `memory`, times rows of its format, into float32 `out`. Output row r is made from input row input_rows[r], or r; units of work have `unit_rows` rows, or all.
+    The matrix of `columns` outputs packed at byte `offset` of `memory`, times rows of its format, into `out`, float32. Output row r is made from input row input_rows[r], or r. A unit of work has `unit_rows` rows, or all.
     """
 
 def read_stream(memory: Array, pool: Pool | None = None, isa: str = "") -> int:
@@ -73,7 +73,7 @@ def read_stream(memory: Array, pool: Pool | None = None, isa: str = "") -> int:
 
 def repeat_dot(format: int, dots: int, pool: Pool | None = None, isa: str = "") -> int:
     """
-    Multiply registers as a format's products do, `dots` times a thread; returns how many operations that were.
+    Multiply registers as a format's products do, `dots` times a thread; returns how many operations that is.
     """
 
 def packed_bytes(format: int, columns: int, depth: int) -> int:

@@ -2,9 +2,9 @@
 
 1. Prefill: causal attention of one sequence of 256 to 8192 tokens, 8 heads of 64 or 128 dimensions, by SlimAttention
    (all keys of a block of rows at once: what a forward pass uses), by our own two-dimensional tiling (FlashAttention:
-   64 rows by 512 keys, rescaled in between) with the same products inside, both over paged bfloat16 keys; and by torch's
-   scaled_dot_product_attention, is_causal, over contiguous bfloat16 and float32. Also as a share of bfloat16 products
-   repeated in registers just before.
+   64 rows by 512 keys, rescaled in between) with the same products inside, both over paged bfloat16 keys; and by
+   torch's scaled_dot_product_attention, is_causal, over contiguous bfloat16 and float32. Also as a share of bfloat16
+   products repeated in registers just before.
 2. Decoding: one token of several sequences at 4,096 to 32,768 tokens, whose keys and values are larger than the caches
    and lie in shuffled KV blocks, in bfloat16 and int8. Bytes of keys and values per second over those of a stream read
    just before. The shapes are those of TinyLlama (32 heads share 4, 64 dimensions) and Llama 3 8B (32 share 8, 128).

@@ -1,12 +1,13 @@
 """Attention over paged keys and values: near float64, and the same bits however the work is cut.
 
 Three references, from far to near: attention in float64 over the numbers that were given; the same over the numbers
-that are stored (bfloat16, or codes and scales); and the canonical order of csrc/attention.inl, operation by operation.
+that are stored (bfloat16, or codes and scales); and the canonical order of csrc/attention.inl, operation by operation,
+which is compared bit for bit.
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -290,7 +291,7 @@ def tree_sum(lanes: np.ndarray) -> np.float32:
 
 
 def canonical(sequence: Sequence, position: int, head: int) -> np.ndarray:
-    """One row under one head [dim], in the order that the kernels keep; without softcap."""
+    """One row under one head [dim], in the order that defines its bits; without softcap."""
     shape, format = sequence.shape, sequence.format
     end = position + 1
     keys, values = (plane[:end, head // shape.group] for plane in (sequence.keys, sequence.values))
@@ -352,15 +353,12 @@ def canonical(sequence: Sequence, position: int, head: int) -> np.ndarray:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("shape", [shape for shape in FEATURES if not shape.softcap], ids=str)
-def test_a_row_is_what_the_canonical_order_gives(shape: Shape, format: str) -> None:
-    """To the last places: numpy rounds the scale's products otherwise here and there."""
+def test_bits_are_those_of_the_canonical_order(shape: Shape, format: str) -> None:
     sequence = Sequence(shape, format, tokens=531)
     got = sequence.whole()
     for position in (0, 17, 511, 530):
         for head in range(0, shape.heads, shape.group):
-            np.testing.assert_allclose(
-                got[position, head], canonical(sequence, position, head), rtol=0, atol=1e-5
-            )
+            assert_same_bits(got[position, head], canonical(sequence, position, head), (position, head))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -402,7 +400,7 @@ def some_cuts(tokens: int, seed: int) -> Iterator[tuple[int, int]]:
     """Chunks that cover the tokens in order."""
     inner = np.random.default_rng(seed).integers(1, max(2, tokens), 4).tolist()
     bounds = sorted({0, tokens, *(cut for cut in inner if cut < tokens)})
-    yield from itertools.pairwise(bounds)
+    yield from pairwise(bounds)
 
 
 @given(

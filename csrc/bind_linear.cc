@@ -58,10 +58,9 @@ template <class Task> void run_on(Pool* pool, const Task& task) {
 }
 // task(unit) for every unit.
 template <class Task> void for_units(Pool* pool, int64_t units, const Task& task) {
-    WorkCounter counter;
-    run_on(pool, [&](int) {
-        for (int64_t unit = counter.take(); unit < units; unit = counter.take()) task(unit);
-    });
+    const int threads = pool ? pool->threads() : 1;
+    std::vector<WorkCounter> counters(static_cast<size_t>(threads));
+    run_on(pool, [&](int thread) { take_units(counters.data(), threads, thread, units, task); });
 }
 
 // ---- activations ----------------------------------------------------------------------------------------------------

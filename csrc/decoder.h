@@ -152,7 +152,8 @@ class Decoder {
     void add_normed(Thread& thread, const Norm& norm, float scale);
     void normalize(Thread& thread, const Norm& norm);
 
-    template <class Work> void for_units(Thread& thread, PhaseKind kind, int64_t units, Work&& work);
+    template <class Work> void for_units(Thread& thread, PhaseKind kind, int64_t units, Work&& work, int shares = 1);
+    template <class Work> void for_panels(Thread& thread, PhaseKind kind, int64_t units, Work&& work);
     ActivationRows shaped(const ActivationRows& buffer, const PackedMatrix& matrix, int64_t rows) const;
     void reserve(const StepInput& input);
     void note_non_finite(int64_t block, int64_t row);
@@ -187,7 +188,7 @@ class Decoder {
     int64_t scratch_bytes_ = 0;
     int64_t qkv_width_ = 0, inner_width_ = 0, visits_per_row_ = 1;
 
-    std::vector<WorkCounter> counters_;
+    std::vector<WorkCounter> counters_;  // one a thread for the phase that runs, and one for the next
     std::atomic<bool> failed_{false};
     std::atomic<int64_t> non_finite_{-1};
     std::array<double, static_cast<int>(PhaseKind::count)> seconds_{};

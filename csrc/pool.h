@@ -15,6 +15,17 @@ struct alignas(64) WorkCounter {
     int64_t take() { return next.fetch_add(1, std::memory_order_relaxed); }
 };
 
+// work(unit) for those of `units` that this thread gets. Units are cut into as many shares as there are counters, each
+// taken in order: a thread begins with the share of its own number and then helps with the others. With a share for
+// each thread, what a thread reads is contiguous; with a single share, units start in order, whoever takes them.
+template <class Work> void take_units(WorkCounter* counters, int shares, int thread, int64_t units, Work&& work) {
+    for (int other = 0; other < shares; ++other) {
+        const int share = (thread + other) % shares;
+        const int64_t begin = units * share / shares, count = units * (share + 1) / shares - begin;
+        for (int64_t unit = counters[share].take(); unit < count; unit = counters[share].take()) work(begin + unit);
+    }
+}
+
 class Pool {
   public:
     // `threads` includes the caller of `run`, which is thread 0 and never pinned. `cores`: where to pin each of the others

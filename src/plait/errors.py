@@ -9,7 +9,8 @@ ServingError
 │   ├── KvCacheFull      no KV block is free
 │   └── NotReady         loading or draining                    HTTP 503
 ├── EngineFailure   the engine broke while serving a request    HTTP 500
-│   └── EngineLost       a part of it is gone: it stops         HTTP 500, exit code 1
+│   ├── EngineLost       a part of it is gone: it stops         HTTP 500, exit code 1
+│   └── PeerLost         another machine is gone or silent; the session goes on without it
 └── BadSetup        settings, weights or hardware do not fit    exit code 2
 
 A message says what, where, and what to do. The class says whose fault it is, hence who retries.
@@ -66,6 +67,10 @@ class EngineFailure(ServingError):
 
 class EngineLost(EngineFailure):
     """A process that the engine cannot do without is gone or does not answer: the engine stops."""
+
+
+class PeerLost(EngineFailure):
+    """Another machine of the swarm is gone, does not answer, or broke the protocol."""
 
 
 class BadSetup(ServingError):

@@ -16,14 +16,14 @@ static int32_t read_stream(const std::byte* data, int64_t bytes) {
 constexpr int kMeasuredSums = 12;  // more than a dot product takes to come out, few enough for the registers
 
 template <class Sum, class Dot> INLINE float repeat_dots(Sum zero, int64_t dots, const Dot& dot) {
-    uint8_t bytes[64];
-    for (int i = 0; i < 64; ++i) bytes[i] = static_cast<uint8_t>(i % 16);
+    uint8_t bytes[kMeasuredSums * 64];
+    for (int i = 0; i < kMeasuredSums * 64; ++i) bytes[i] = static_cast<uint8_t>(i % 16);
     Sum sums[kMeasuredSums];
     each<kMeasuredSums>(EACH_BODY(i) { sums[i] = zero; });
     for (int64_t done = 0; done < dots; done += kMeasuredSums) {
-        asm volatile("" : : "r"(bytes) : "memory");  // for all the compiler knows the operand is another one each time
-        const B64 operand = load_b(bytes);
-        each<kMeasuredSums>(EACH_BODY(i) { sums[i] = dot(sums[i], operand); });
+        // For all the compiler knows, the operands are others each time, and no two sums are the same.
+        asm volatile("" : : "r"(bytes) : "memory");
+        each<kMeasuredSums>(EACH_BODY(i) { sums[i] = dot(sums[i], load_b(bytes + 64 * i)); });
     }
     each<kMeasuredSums - 1>(EACH_BODY(i) { sums[0] = sums[0] + sums[i + 1]; });
     float lanes[16];

@@ -15,15 +15,18 @@ LAYERS = (
     {"worker"},
     {"engine", "metrics"},
     {"kernels"},
+    {"placement"},
+    {"routing"},
     {"scheduling"},
     {"kvcache"},
     {"session"},
+    {"cluster"},
     {"model", "workload"},
     {"ids", "units"},
     {"errors"},
 )
 LINE = {package: number for number, layer in enumerate(LAYERS) for package in layer}
-FIRST_PURE_LINE = LINE["scheduling"]
+FIRST_PURE_LINE = LINE["placement"]
 NOT_BELOW_THE_LINE = {
     *("torch", "asyncio", "threading", "socket", "time", "random", "subprocess", "os"),
     *("safetensors", "tokenizers", "httpx", "fastapi", "uvicorn", "starlette", "multiprocessing"),

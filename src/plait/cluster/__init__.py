@@ -1,0 +1,30 @@
+"""Facts of the machines and links of a swarm.
+
+peer_record.py   what a peer says of itself: span, rates, load, addresses
+swarm_view.py    the swarm as one member sees it at one moment: the input of every decision
+bans.py          which peers are avoided after a failure, and for how long
+"""
+
+from plait.cluster.bans import Ban, Bans
+from plait.cluster.peer_record import (
+    PeerLoad,
+    PeerRates,
+    PeerRecord,
+    PeerState,
+    PeerTerms,
+    check_peer_id,
+)
+from plait.cluster.swarm_view import SwarmView, format_blocks
+
+__all__ = [
+    "Ban",
+    "Bans",
+    "PeerLoad",
+    "PeerRates",
+    "PeerRecord",
+    "PeerState",
+    "PeerTerms",
+    "SwarmView",
+    "check_peer_id",
+    "format_blocks",
+]

@@ -7,10 +7,12 @@ ServingError
 │   └── NotFound         no such model or resource              HTTP 404
 ├── NoCapacity      nothing is wrong, nothing is free           HTTP 429 or 503, Retry-After
 │   ├── KvCacheFull      no KV block is free
-│   └── NotReady         loading or draining                    HTTP 503
+│   ├── NotReady         loading or draining                    HTTP 503
+│   └── NoRoute          no peer serves some blocks             HTTP 503
 ├── EngineFailure   the engine broke while serving a request    HTTP 500
 │   ├── EngineLost       a part of it is gone: it stops         HTTP 500, exit code 1
-│   └── PeerLost         another machine is gone or silent; the session goes on without it
+│   ├── PeerLost         another machine is gone or silent; the session goes on without it
+│   └── BadFrame         bytes that the swarm's protocol does not allow
 └── BadSetup        settings, weights or hardware do not fit    exit code 2
 
 A message says what, where, and what to do. The class says whose fault it is, hence who retries.
@@ -61,6 +63,14 @@ class NotReady(NoCapacity):
     """The server is loading its model or draining."""
 
 
+class NoRoute(NoCapacity):
+    """No chain of peers covers the model now; `missing_blocks` have no holder."""
+
+    def __init__(self, message: str, *, missing_blocks: tuple[int, ...] = ()) -> None:
+        super().__init__(message, retry_after_s=5.0)
+        self.missing_blocks = missing_blocks
+
+
 class EngineFailure(ServingError):
     """The engine broke while it served this request; the request may be retried."""
 
@@ -71,6 +81,10 @@ class EngineLost(EngineFailure):
 
 class PeerLost(EngineFailure):
     """Another machine of the swarm is gone, does not answer, or broke the protocol."""
+
+
+class BadFrame(EngineFailure):
+    """Bytes that are not what the swarm's protocol allows; whoever sent them is cut off."""
 
 
 class BadSetup(ServingError):

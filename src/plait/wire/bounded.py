@@ -1,0 +1,23 @@
+"""What every message is made of: fields with bounds, checked while they are decoded."""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from plait.ids import PeerId, SessionId
+
+
+class Bounded(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """Base of all messages: frozen, told apart by a tag, sent as an array; a subclass says `frozen=True` and its tag.
+
+    Every field that may grow has a bound in its type, so that a decoded message is a checked one.
+    """
+
+
+PeerIdField = Annotated[PeerId, Meta(pattern="^[0-9a-f]{64}$")]
+SessionIdField = Annotated[SessionId, Meta(pattern="^[0-9a-f]{32}$")]
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+"""A number of things or bytes, or a sequence number."""
+Reason = Annotated[str, Meta(max_length=400)]
+"""A sentence for a person: it is logged, never interpreted."""

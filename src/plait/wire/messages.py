@@ -1,0 +1,29 @@
+"""All messages, to bytes and back: msgpack by msgspec, which checks every type and bound while it decodes."""
+
+import msgspec
+
+from plait.errors import BadFrame
+from plait.wire.link_messages import LinkMessage
+from plait.wire.membership_messages import MembershipMessage
+from plait.wire.session_messages import SessionMessage
+
+Message = LinkMessage | MembershipMessage | SessionMessage
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+
+def encode_message(message: Message) -> bytes:
+    return _ENCODER.encode(message)
+
+
+def decode_message(header: bytes) -> Message:
+    """The message of a frame's header.
+
+    Raises:
+        BadFrame: it is none, or a field is not what its type and bounds allow.
+    """
+    try:
+        return _DECODER.decode(header)
+    except (msgspec.DecodeError, RecursionError) as error:  # ValidationError is a DecodeError
+        raise BadFrame(f"what came is not a message: {error}") from None

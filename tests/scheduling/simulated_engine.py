@@ -27,6 +27,9 @@ class Submitted:
     running: bool = False
     forked: bool = False
     iterations: int = 0
+    fed: bool = False
+    asks: bool = True
+    """Whether it has something to compute; False between the pieces of what a fed request is given."""
 
 
 class SimulatedEngine:
@@ -61,6 +64,7 @@ class SimulatedEngine:
         priority: int = 0,
         namespace: bytes = b"",
         reuse_prefix: bool = True,
+        fed: bool = False,
     ) -> RequestId:
         """Submit under the next free id."""
         request_id = RequestId(f"r{self.arrivals}")
@@ -73,6 +77,7 @@ class SimulatedEngine:
                 priority=priority,
                 namespace=namespace,
                 reuse_prefix=reuse_prefix,
+                fed=fed,
             )
         )
         self.requests[request_id] = Submitted(
@@ -81,6 +86,8 @@ class SimulatedEngine:
             token_ids={0: list(prompt)},
             fan_out=fan_out,
             max_sequence_tokens=len(prompt) + new_tokens,
+            fed=fed,
+            asks=bool(prompt),
         )
         self.arrivals += 1
         return request_id
@@ -94,6 +101,14 @@ class SimulatedEngine:
         """Add a token here and there."""
         self.scheduler.append(request_id, sequence, token_id)
         self.requests[request_id].token_ids[sequence].append(token_id)
+
+    def feed(self, request_id: RequestId, start: int, token_ids: list[int]) -> None:
+        """Extend here and there."""
+        self.scheduler.extend(request_id, start, token_ids)
+        request = self.requests[request_id]
+        request.token_ids[0][start:] = token_ids
+        request.computed[0] = min(request.computed.get(0, 0), start)
+        request.asks = True
 
     def fork(self, request_id: RequestId, parents: tuple[int, ...]) -> None:
         """Fork here and there."""
@@ -132,12 +147,17 @@ class SimulatedEngine:
         self.scheduler.complete(step)
         self.scheduler.check()
         alive = [chunk for chunk in step.chunks if chunk.request_id in self.requests]
+        for chunk in alive:
+            if self.requests[chunk.request_id].fed and chunk.samples:
+                self.requests[chunk.request_id].asks = False
         for request_id in {chunk.request_id for chunk in alive}:
             self.requests[request_id].iterations += 1
         return [
             (chunk.request_id, chunk.sequence)
             for chunk in alive
-            if chunk.samples and chunk.sequence in self.requests[chunk.request_id].token_ids
+            if chunk.samples
+            and chunk.sequence in self.requests[chunk.request_id].token_ids
+            and not self.requests[chunk.request_id].fed
         ]
 
     def step(self) -> ScheduledStep:
@@ -187,12 +207,19 @@ class SimulatedEngine:
         self.scheduler.check()
 
     def _check_order(self, step: ScheduledStep, before: set[RequestId]) -> None:
-        assert not (step.admitted and step.preempted), "somebody was admitted in a step with preemption"
-        waiting = [request.order for request in self.requests.values() if not request.running]
+        gave_way = [id for id in step.preempted if not self.requests[id].asks]
+        if not gave_way:
+            assert not (step.admitted and step.preempted), "somebody was admitted in a step with preemption"
+        waiting = [each.order for each in self.requests.values() if not each.running and each.asks]
         running = [request.order for request in self.requests.values() if request.running]
         for request_id in step.admitted:
             order = self.requests[request_id].order
             assert all(order < other for other in waiting), f"{request_id} overtook somebody"
+        if step.admitted and gave_way:
+            first = min(self.requests[id].order for id in step.admitted)
+            assert all(first < self.requests[id].order for id in gave_way), "who is earlier gave way"
+            running = [each.order for each in self.requests.values() if each.running and not each.asks]
+            running = [order for order in running if order > first]
         for request_id in step.preempted:
             order = self.requests[request_id].order
             assert all(order > other for other in running), f"{request_id} was not the last"

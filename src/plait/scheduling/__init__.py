@@ -7,6 +7,7 @@ plan.py        what a policy sees and what it may decide
 reserved.py    policies `static` and `orca`: room for the longest possible answer is set aside at admission
 paged.py       policy `paged`: blocks on demand, prompts in chunks, preemption
 policies.py    the policies by name
+idle.py        when a request that has nothing to compute gives way to one that waits
 step.py        a decided step, as the runner executes it
 scheduler.py   the owner of all this state: applies what the policy decides
 usage.py       how much of the held memory is useful

@@ -15,6 +15,9 @@ class NewRequest:
     sequences that will run side by side (samples, beams). A lower `priority` goes first. Prefixes are
     shared only within one `namespace` (`PrefixNamespace.root_key`); `reuse_prefix=False` computes every
     token of the prompt even so.
+
+    The tokens of a `fed` request all come from outside, piece by piece (`Scheduler.extend`), and it may begin with
+    none. Its blocks are its own: no prefix of it is looked up or can be found by others.
     """
 
     id: RequestId
@@ -24,6 +27,7 @@ class NewRequest:
     priority: int = 0
     namespace: bytes = b""
     reuse_prefix: bool = True
+    fed: bool = False
 
 
 class ScheduledSequence:
@@ -31,7 +35,7 @@ class ScheduledSequence:
 
     `kv_blocks` is its block table: of the device pool while its request runs, of the host pool while that is
     swapped out, empty while it waits. Between steps it covers the computed tokens and not a block more.
-    Only its last block may be partly filled.
+    Only its last block may be partly filled. The blocks of a `private` one are never named for others to find.
     """
 
     __slots__ = (
@@ -41,13 +45,15 @@ class ScheduledSequence:
         "finished",
         "index",
         "kv_blocks",
+        "private",
         "published_blocks",
         "token_ids",
     )
 
-    def __init__(self, index: int, token_ids: list[int], root_key: bytes) -> None:
+    def __init__(self, index: int, token_ids: list[int], root_key: bytes, *, private: bool = False) -> None:
         self.index = index
         self.token_ids = token_ids
+        self.private = private
         self.computed_tokens = 0
         self.kv_blocks: list[int] = []
         self.published_blocks = 0
@@ -81,18 +87,20 @@ class ScheduledRequest:
     `order` decides who goes first and, from the other end, who is preempted: priority class, then
     arrival. `stem_tokens` is above 0 while a preempted group rebuilds: its first sequence recomputes the
     full blocks of the prompt, which the others then share again, as they did before. `reserve` are blocks
-    set aside at admission and not yet in a table.
+    set aside at admission and not yet in a table. `resting`: it is fed, holds nothing to run and is in no queue.
     """
 
     __slots__ = (
         "cached_tokens",
         "fan_out",
+        "fed",
         "id",
         "live",
         "max_sequence_tokens",
         "order",
         "prompt_tokens",
         "reserve",
+        "resting",
         "reuse_prefix",
         "running",
         "sequences",
@@ -108,8 +116,10 @@ class ScheduledRequest:
         self.prompt_tokens = len(new.token_ids)
         self.max_sequence_tokens = new.max_sequence_tokens
         self.fan_out = new.fan_out
-        self.reuse_prefix = new.reuse_prefix
+        self.fed = new.fed
+        self.reuse_prefix = new.reuse_prefix and not new.fed
         self.running = False
+        self.resting = False
         self.swapped = False
         self.started = False
         self.stem_tokens = 0
@@ -118,7 +128,12 @@ class ScheduledRequest:
         self.sequences: list[ScheduledSequence] = []
         self.live: list[ScheduledSequence] = []
         self.sole: ScheduledSequence | None = None
-        self.set_sequences([ScheduledSequence(0, list(new.token_ids), new.namespace)])
+        self.set_sequences([ScheduledSequence(0, list(new.token_ids), new.namespace, private=new.fed)])
+
+    @property
+    def idle(self) -> bool:
+        """Whether all that is known of it is computed, as of a fed request that waits for more."""
+        return self.sole is not None and not self.sole.pending_tokens
 
     def set_sequences(self, sequences: list[ScheduledSequence]) -> None:
         """Replace the sequences; `live` are those not finished, `sole` is the only live one, if so."""

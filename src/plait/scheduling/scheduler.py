@@ -6,6 +6,9 @@ A request is waiting or running, and moves only in `schedule`:
                   ▲                     │
                   └──────preempted──────┘   blocks dropped (recompute) or copied to the host (swap)
 
+A fed request (`NewRequest.fed`) that has nothing to compute rests instead of waiting: before its first tokens, and
+when it was preempted while idle. `extend` gives it tokens, or others for the last of those it had, and lets it wait.
+
 The engine's loop is `schedule`, run the step, `complete`, then `append` (after `fork`, where sequences
 multiply) for each chunk that `samples`, and `finish` for those that are done. Steps do not overlap.
 `submit`, `cancel`, `finish` and `finish_sequence` are allowed at any time: what leaves while its step is
@@ -13,17 +16,19 @@ in flight is skipped by `complete`, and the blocks it frees are handed out by th
 earliest, when nobody writes them any more.
 
 Invariants, asserted by `check`: a block is free or has as many references as tables (and reserves) hold
-it; tables cover exactly the computed tokens; both queues are sorted; a block with several references is
-never written; nothing is published before it was computed.
+it; tables cover exactly the computed tokens; both queues are sorted; only fed requests rest; a block with several
+references is never written; nothing is published before it was computed.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from plait.errors import BadRequest, NoCapacity
 from plait.ids import RequestId
 from plait.kvcache import KvBlockPool
 from plait.scheduling.gang import split_tokens, worst_case_blocks
+from plait.scheduling.idle import idle_victim
 from plait.scheduling.limits import StepLimits
 from plait.scheduling.plan import Admission, Grant, SchedulerView, SchedulingPolicy, Victim
 from plait.scheduling.request import NewRequest, ScheduledRequest, ScheduledSequence
@@ -44,6 +49,7 @@ class Scheduler:
         self._requests: dict[RequestId, ScheduledRequest] = {}
         self._running: list[ScheduledRequest] = []
         self._waiting: list[ScheduledRequest] = []
+        self._resting: dict[RequestId, ScheduledRequest] = {}
         self._running_sequences = 0
         self._rebuilding: list[ScheduledRequest] = []
         self._step: ScheduledStep | None = None
@@ -64,15 +70,19 @@ class Scheduler:
             NoCapacity: the queue is full.
         """
         self._refuse_impossible(request)
-        if len(self._waiting) >= self._limits.max_waiting:
+        queued = len(self._waiting) + len(self._resting)
+        if queued >= self._limits.max_waiting:
             raise NoCapacity(
-                f"{len(self._waiting)} requests are waiting already, the most this server queues "
+                f"{queued} requests are waiting already, the most this server queues "
                 "(--max-waiting); retry later"
             )
         scheduled = ScheduledRequest(request, self._arrivals)
         self._arrivals += 1
         self._requests[request.id] = scheduled
-        insort(self._waiting, scheduled, key=_order)
+        if scheduled.idle:
+            self._rest(scheduled)
+        else:
+            insort(self._waiting, scheduled, key=_order)
 
     def cancel(self, request_id: RequestId) -> None:
         """Forget a request and free all it holds; an unknown id is fine."""
@@ -110,6 +120,28 @@ class Scheduler:
         assert len(token_ids) < request.max_sequence_tokens, f"{request_id!r} outgrew max_sequence_tokens"
         token_ids.append(token_id)
 
+    def extend(self, request_id: RequestId, start: int, token_ids: Sequence[int]) -> None:
+        """Feed a request: its tokens from position `start` on are these, at least one, and no others.
+
+        What it had from there on is forgotten, and the blocks that only held such tokens are free. Call it between
+        steps.
+        """
+        request = self._requests[request_id]
+        sequence = request.sole
+        assert request.fed and sequence is not None and self._step is None and token_ids
+        known = sequence.token_ids
+        assert 0 <= start <= len(known), f"{request_id!r}: fed at {start}, {len(known)} tokens are known"
+        assert start + len(token_ids) <= request.max_sequence_tokens, f"{request_id!r} outgrew its maximum"
+        known[start:] = token_ids
+        if start < sequence.computed_tokens:
+            sequence.computed_tokens = start
+            kept = self._pool.blocks_for(start)
+            self._give_back(request, sequence.kv_blocks[kept:])
+            del sequence.kv_blocks[kept:]
+        if request.resting:
+            self._leave_queue(request)
+            self._join_queue(request, running=False)
+
     def fork(self, request_id: RequestId, parents: Sequence[int]) -> None:
         """Replace the sequences of a running request: the new i-th one continues the old `parents[i]`-th.
 
@@ -138,16 +170,12 @@ class Scheduler:
     def schedule(self) -> ScheduledStep:
         """Let the policy decide the next step, and do its bookkeeping."""
         assert self._step is None, "the previous step has not been completed"
-        plan = self._policy.plan_step(
-            SchedulerView(
-                running=self._running,
-                waiting=self._waiting,
-                running_sequences=self._running_sequences,
-                pool=self._pool,
-                host_pool=self._host_pool,
-                limits=self._limits,
-            )
-        )
+        gave_way: list[RequestId] = []
+        plan = self._policy.plan_step(view := self._view())
+        while (idle := idle_victim(view, plan)) is not None:
+            self._preempt(Victim(idle, swap=False))
+            gave_way.append(idle.id)
+            plan = self._policy.plan_step(view := self._view())
         swap_out = [pair for victim in plan.victims for pair in self._preempt(victim)]
         swap_in = self._admit(plan.admissions) if plan.admissions else []
         chunks, copies = self._place(plan.grants)
@@ -157,7 +185,7 @@ class Scheduler:
             swap_out=tuple(swap_out),
             swap_in=tuple(swap_in),
             admitted=tuple([admission.request.id for admission in plan.admissions]),
-            preempted=tuple([victim.request.id for victim in plan.victims]),
+            preempted=(*gave_way, *[victim.request.id for victim in plan.victims]),
         )
         return self._step
 
@@ -174,7 +202,11 @@ class Scheduler:
             if sequence.finished:
                 continue
             sequence.computed_tokens = computed = chunk.start + chunk.tokens
-            if publishes and computed >= (sequence.published_blocks + 1) * block_tokens:
+            if (
+                publishes
+                and not sequence.private
+                and computed >= (sequence.published_blocks + 1) * block_tokens
+            ):
                 self._publish(sequence)
         self._step = None
         self._in_flight = []
@@ -202,7 +234,8 @@ class Scheduler:
             running_requests=len(self._running),
             running_sequences=self._running_sequences,
             waiting_requests=len(self._waiting),
-            swapped_requests=sum(request.swapped for request in self._waiting),
+            resting_requests=len(self._resting),
+            swapped_requests=sum(request.swapped for request in self._off_device()),
             kv_blocks=self._pool.kv_blocks,
             used_kv_blocks=self._pool.used_blocks,
             free_kv_blocks=self._pool.free_blocks,
@@ -226,11 +259,17 @@ class Scheduler:
             assert orders == sorted(set(orders)), "a queue is out of order"
             for request in queue:
                 assert request.running == running and self._requests[request.id] is request
+                assert not request.resting
                 self._check_request(request)
-        assert len(self._requests) == len(self._running) + len(self._waiting)
+        for id, request in self._resting.items():
+            assert request.fed and request.resting and self._requests[id] is request and not request.running
+            sole = request.sole
+            assert sole is not None and (not request.swapped or request.idle)
+            self._check_request(request)
+        assert len(self._requests) == len(self._running) + len(self._waiting) + len(self._resting)
         assert self._running_sequences == sum(request.fan_out for request in self._running)
         assert self._running_sequences <= self._limits.admissible_sequences
-        on_host = [sequence.kv_blocks for request in self._waiting for sequence in request.live]
+        on_host = [sequence.kv_blocks for request in self._off_device() for sequence in request.live]
         tables = [sequence.kv_blocks for request in self._running for sequence in request.live]
         self._pool.check([*tables, *(request.reserve for request in self._running)])
         if self._host_pool is not None:
@@ -240,10 +279,24 @@ class Scheduler:
 
     # Parts of the above.
 
+    def _view(self) -> SchedulerView:
+        return SchedulerView(
+            running=self._running,
+            waiting=self._waiting,
+            running_sequences=self._running_sequences,
+            pool=self._pool,
+            host_pool=self._host_pool,
+            limits=self._limits,
+        )
+
+    def _off_device(self) -> Iterator[ScheduledRequest]:
+        return chain(self._waiting, self._resting.values())
+
     def _refuse_impossible(self, request: NewRequest) -> None:
         assert request.id not in self._requests, f"request id {request.id!r} is in use"
         assert request.fan_out >= 1 and request.max_sequence_tokens > len(request.token_ids)
-        if not request.token_ids:
+        assert not request.fed or (request.fan_out == 1 and not self._policy.reserves)
+        if not request.token_ids and not request.fed:
             raise BadRequest("the prompt is empty; send at least one token", param="prompt")
         pool = self._pool
         needed = worst_case_blocks(request, pool.block_tokens, sharing=not self._policy.reserves)
@@ -263,6 +316,10 @@ class Scheduler:
             )
 
     def _leave_queue(self, request: ScheduledRequest) -> None:
+        if request.resting:
+            del self._resting[request.id]
+            request.resting = False
+            return
         queue = self._running if request.running else self._waiting
         place = bisect_left(queue, request.order, key=_order)
         assert queue[place] is request
@@ -276,9 +333,17 @@ class Scheduler:
         if running:
             self._running_sequences += request.fan_out
 
+    def _rest(self, request: ScheduledRequest) -> None:
+        request.running, request.resting = False, True
+        self._resting[request.id] = request
+
     def _release(self, request: ScheduledRequest, sequence: ScheduledSequence) -> None:
-        """Empty a block table; what was reserved for the request goes back to its reserve."""
+        """Empty a block table."""
         kv_blocks, sequence.kv_blocks = sequence.kv_blocks, []
+        self._give_back(request, kv_blocks)
+
+    def _give_back(self, request: ScheduledRequest, kv_blocks: Sequence[int]) -> None:
+        """Let go of blocks of a table; what was reserved for the request goes back to its reserve."""
         if request.swapped:
             assert self._host_pool is not None
             self._host_pool.release(kv_blocks)
@@ -303,7 +368,10 @@ class Scheduler:
         """Take the blocks of a request back; returns (device, host) pairs to copy."""
         request = victim.request
         self._leave_queue(request)
-        self._join_queue(request, running=False)
+        if request.fed and request.idle:
+            self._rest(request)
+        else:
+            self._join_queue(request, running=False)
         self._preemptions_total += 1
         if not victim.swap:
             request.stem_tokens = 0

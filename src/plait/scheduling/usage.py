@@ -23,13 +23,15 @@ class KvUsage:
 class SchedulerCounts:
     """Gauges of now, and totals (`_total`) since the start.
 
-    `swapped_requests` are among the `waiting_requests`. A prefix query counts the prompt tokens of a request
+    `resting_requests` are fed ones without anything to compute or blocks here. `swapped_requests` are among those that
+    wait or rest. A prefix query counts the prompt tokens of a request
     when it is first admitted, a hit those of them found in the cache.
     """
 
     running_requests: int
     running_sequences: int
     waiting_requests: int
+    resting_requests: int
     swapped_requests: int
     kv_blocks: int
     used_kv_blocks: int

@@ -15,11 +15,20 @@ build.py           an engine from options.py; wishes.py makes options of what a 
 """
 
 from plait.engine.build import load_engine
-from plait.engine.checkpoint import open_checkpoint
+from plait.engine.checkpoint import Checkpoint, open_checkpoint
 from plait.engine.constraints import Matcher
 from plait.engine.decoder import SpanDecoder
 from plait.engine.engine import Engine, EngineStatus
-from plait.engine.hub import BytesProgress, CachedModel, cached_models, download_model, resolve_model
+from plait.engine.hub import (
+    PARTIAL_MARKER,
+    BytesProgress,
+    CachedModel,
+    cached_models,
+    download_model,
+    find_in_cache,
+    resolve_model,
+    side_files,
+)
 from plait.engine.kv_store import KvExtents
 from plait.engine.options import (
     EngineOptions,
@@ -34,8 +43,10 @@ from plait.engine.tokenizer import Tokenizer
 from plait.engine.wishes import Wishes, decide_options
 
 __all__ = [
+    "PARTIAL_MARKER",
     "BytesProgress",
     "CachedModel",
+    "Checkpoint",
     "Engine",
     "EngineOptions",
     "EngineStatus",
@@ -54,12 +65,14 @@ __all__ = [
     "cached_models",
     "decide_options",
     "download_model",
+    "find_in_cache",
     "folder_beside",
     "kept_weights",
     "load_engine",
     "load_rank",
     "open_checkpoint",
     "resolve_model",
+    "side_files",
     "usable_cores",
     "user_cache_folder",
     "vocabularies",

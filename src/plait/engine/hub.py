@@ -28,6 +28,8 @@ INDEX = "model.safetensors.index.json"
 SIDE_FILES = re.compile(r"[^/]+\.(json|jinja|txt)|tokenizer\.model")
 WEIGHT_FILES = re.compile(r"(?!consolidated)[^/]+\.safetensors")
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?")
+PARTIAL_MARKER = "plait-partial.json"
+"""In a folder that holds only some of a model's weights: those that a member of a swarm serves."""
 # Bytes left free on the disk beside a download, so that filling it exactly does not break other programs.
 DISK_RESERVE_BYTES = 256 * 2**20
 
@@ -68,6 +70,10 @@ def resolve_model(
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise BadSetup(f"{str(folder)!r} has no config.json; give the folder of a Hugging Face model")
+        if (folder / PARTIAL_MARKER).is_file():
+            raise BadSetup(
+                f"{str(folder)!r} holds only the weights that this machine served in a swarm; name the whole model"
+            )
         return folder
     if folder.is_file():
         raise BadSetup(f"{name!r} is a file; give the folder that holds config.json and *.safetensors")
@@ -121,6 +127,12 @@ def download_model(
         raise _refused(repo, error, endpoint) from error
     except (ClientError, OSError) as error:
         raise _unreachable(repo, error, cache, endpoint) from error
+
+
+def side_files(folder: Path) -> tuple[str, ...]:
+    """A model's files beside its weights, by name: configuration, index, tokenizer, templates."""
+    found = [file.name for file in folder.iterdir() if file.is_file() and SIDE_FILES.fullmatch(file.name)]
+    return tuple(sorted(name for name in found if name != PARTIAL_MARKER))
 
 
 def cached_models(*, cache: Path | None = None) -> tuple[CachedModel, ...]:

@@ -59,7 +59,25 @@ def _check_address(address: str | None) -> str | None:
     return address
 
 
+def _check_listen(address: str) -> str:
+    host, colon, port = address.rpartition(":")
+    if not (host and colon and port.isascii() and port.isdecimal() and int(port) < 65536):
+        raise ValueError("write it as host:port, such as 0.0.0.0:7000; port 0 takes a free one")
+    return address
+
+
+def _check_blocks(blocks: str) -> str:
+    span = re.fullmatch(r"(\d{1,4}):(\d{1,4})", blocks)
+    if blocks not in ("auto", "none") and (span is None or int(span[1]) >= int(span[2])):
+        raise ValueError(
+            "write a span of blocks as first:end, such as 0:16 (the end is not in it), auto, or none"
+        )
+    return blocks
+
+
 Address = Annotated[str | None, AfterValidator(_check_address)]
+Listen = Annotated[str, AfterValidator(_check_listen)]
+Blocks = Annotated[str, AfterValidator(_check_blocks)]
 Device = Annotated[str, AfterValidator(_check_device)]
 SwapBytes = Annotated[int, BeforeValidator(_read_swap)]
 SizeBytes = Annotated[int, BeforeValidator(_read_size)]
@@ -248,6 +266,11 @@ class ServerSettings(Section):
         "How tool calls are written in the model's text; auto reads it off the chat template.",
         flag="--tool-format",
     )
+    swarm: bool = setting(
+        False,
+        "Serve as the first machine of a swarm, or as one more gateway of it: others join with the ticket it prints.",
+        flag="--swarm",
+    )
     drain_timeout_s: float = setting(
         30.0,
         "After SIGTERM or Ctrl-C, how long running requests may go on.",
@@ -255,6 +278,95 @@ class ServerSettings(Section):
         flag="--drain-timeout",
         ge=0,
         le=86400,
+    )
+
+
+class SwarmSettings(Section):
+    """One machine of a swarm: what it serves, how others reach it, and which machines answer a request."""
+
+    name: str = setting(
+        "", "What people see this machine called; without it its host's name.", flag="--name", max_length=64
+    )
+    listen: Listen = setting(
+        "127.0.0.1:0",
+        "Where other machines of the swarm connect, as host:port; 0.0.0.0:7000 lets those of the network in.",
+        flag="--swarm-listen",
+    )
+    advertise: Names = setting(
+        (),
+        "Addresses, as host:port, that others are told to dial; without any those of --swarm-listen.",
+        flag="--swarm-advertise",
+    )
+    blocks: Blocks = setting(
+        "auto",
+        "The span of blocks that this machine serves, such as 0:16; auto takes what the swarm lacks most, none only "
+        "passes requests on.",
+        flag="--blocks",
+    )
+    memory: SizeBytes | None = setting(
+        None,
+        "Memory for weights and cache together, such as 4GB: how many blocks fit; without it most of what is free.",
+        unit="bytes",
+        flag="--memory",
+        ge=1,
+    )
+    context_tokens: int = setting(
+        16384,
+        "Tokens of context, over all sessions, for which memory is kept when blocks are chosen.",
+        unit="tokens",
+        ge=256,
+        le=2**30,
+    )
+    weights: Literal["auto", "cache", "peers", "hub"] = setting(
+        "auto",
+        "Where weights come from that are not on this machine: auto asks peers for those of the span, then the hub "
+        "for the model; cache takes only what is here.",
+        flag="--weights",
+    )
+    wire_format: Literal["float32", "bfloat16", "int8"] = setting(
+        "float32",
+        "How hidden states travel: float32 is exact, bfloat16 takes half of its bytes, int8 about a quarter.",
+        flag="--wire-format",
+    )
+    route_mode: Literal["latency", "throughput", "exact", "tradeoff", "load", "pinned"] = setting(
+        "load",
+        "How the machines of a request are chosen; a request may say otherwise in its field `route`.",
+        flag="--route-mode",
+    )
+    draft_tokens: int = setting(
+        0,
+        "Most tokens guessed ahead (from what the text repeats) and verified in one round through the machines; 0 is "
+        "off.",
+        unit="tokens",
+        flag="--draft-tokens",
+        ge=0,
+        le=32,
+    )
+    ticket_s: float = setting(
+        7 * 86400.0, "How long a printed ticket lets others join.", unit="seconds", gt=0, le=10 * 365 * 86400
+    )
+    announce_s: float = setting(
+        5.0, "How often this machine says how it is.", unit="seconds", ge=0.05, le=300
+    )
+    rebalance: bool = setting(
+        True,
+        "Whether this machine moves to other blocks when that makes the swarm faster.",
+        flag="--rebalance",
+    )
+    rebalance_s: float = setting(60.0, "Mean time between two looks at that.", unit="seconds", gt=0, le=86400)
+    balance_quality: float = setting(
+        0.75,
+        "It moves only if the slowest block's throughput is less than this part of what it then would be.",
+        unit="fraction",
+        gt=0,
+        le=1,
+    )
+    price_per_hour: float = setting(
+        0.0, "What this machine costs, in any currency that the swarm agrees on; 0 is unknown.", ge=0
+    )
+    busy_watts: float = setting(0.0, "Power it draws while it computes; 0 is unknown.", unit="watts", ge=0)
+    folder: Path | None = setting(
+        None, "Where keys of machines and swarms are kept; without it `plait/swarm` in XDG_CONFIG_HOME."
     )
 
 
@@ -281,6 +393,7 @@ class Settings(BaseSettings):
     kvcache: KvCacheSettings = KvCacheSettings()
     scheduling: SchedulingSettings = SchedulingSettings()
     server: ServerSettings = ServerSettings()
+    swarm: SwarmSettings = SwarmSettings()
     log: LogSettings = LogSettings()
 
 

@@ -10,11 +10,13 @@ tokenizer.py       text to tokens; chat_template.py, detokenizer.py
 sampling.py        logits to tokens; beam.py, constraints.py
 live.py            a request in the works: what a new token means for it
 engine.py          the loop over all of these, one step at a time
+span_engine.py     the same for a span of blocks that sessions cross
+                   (span_session.py, span_sampling.py, span_inputs.py are its parts)
 ranks.py           one rank of a model that is divided over several processes
 build.py           an engine from options.py; wishes.py makes options of what a user would like
 """
 
-from plait.engine.build import load_engine
+from plait.engine.build import load_engine, load_span_engine
 from plait.engine.checkpoint import Checkpoint, open_checkpoint
 from plait.engine.constraints import Matcher
 from plait.engine.decoder import SpanDecoder
@@ -38,6 +40,9 @@ from plait.engine.options import (
 )
 from plait.engine.packed_cache import KeptWeights, folder_beside, kept_weights, user_cache_folder
 from plait.engine.ranks import Rank, RankGroup, RankPlan, load_rank, vocabularies
+from plait.engine.sampling import SampledToken
+from plait.engine.span_engine import SpanEngine, SpanLoad
+from plait.engine.span_session import SpanOutput, SpanSession
 from plait.engine.step import SequenceChunk
 from plait.engine.tokenizer import Tokenizer
 from plait.engine.wishes import Wishes, decide_options
@@ -56,8 +61,13 @@ __all__ = [
     "Rank",
     "RankGroup",
     "RankPlan",
+    "SampledToken",
     "SequenceChunk",
     "SpanDecoder",
+    "SpanEngine",
+    "SpanLoad",
+    "SpanOutput",
+    "SpanSession",
     "TensorParallel",
     "Tokenizer",
     "Wishes",
@@ -70,6 +80,7 @@ __all__ = [
     "kept_weights",
     "load_engine",
     "load_rank",
+    "load_span_engine",
     "open_checkpoint",
     "resolve_model",
     "side_files",

@@ -1,5 +1,6 @@
 """Putting an engine together from a checkpoint folder and options."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from plait.engine.loader import Progress, load_weights
 from plait.engine.options import DTYPES, EngineOptions, usable_cores
 from plait.engine.packed import load_packed, packed_cache_folder
 from plait.engine.ranks import RankGroup, lead_ranks
+from plait.engine.span_engine import SpanEngine
+from plait.engine.span_inputs import INPUTS_PER_KV_TOKEN, SpanInputs
 from plait.engine.tokenizer import Tokenizer
 from plait.errors import BadSetup
 from plait.kvcache import KvBlockPool, PrefixNamespace
@@ -43,15 +46,8 @@ def load_engine(
     tokenizer = Tokenizer(
         options.folder, model_vocab_tokens=spec.vocab_tokens, chat_template=options.chat_template
     )
-    parts = _kernel_parts if native.uses_kernels(options, spec) else _torch_parts
-    build = parts(options, checkpoint, tokenizer.vocab_tokens)
-    kv_blocks = options.kv_cache_bytes // build.extent_bytes
-    if kv_blocks < 2:
-        raise BadSetup(
-            f"a KV cache of {format_bytes(options.kv_cache_bytes)} holds {kv_blocks} blocks of "
-            f"{options.block_tokens} tokens ({format_bytes(build.extent_bytes)} each) and at least 2 are needed; "
-            "raise --kv-cache-memory"
-        )
+    build = _parts(options, checkpoint, spec.all_blocks, tokenizer.vocab_tokens)
+    kv_blocks = _kv_blocks(options, build.extent_bytes)
     max_model_tokens = _max_model_tokens(options, spec.max_model_tokens, kv_blocks)
     host_kv_blocks = options.swap_bytes // build.extent_bytes
     if group is None:
@@ -96,6 +92,58 @@ def load_engine(
     )
 
 
+def load_span_engine(
+    options: EngineOptions,
+    blocks: range,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> SpanEngine:
+    """Read the tensors of a span of blocks, and no others, and return an engine for the sessions that cross it.
+
+    `options.kv_cache_bytes` pays for the KV blocks and for the inputs that are kept beside them (`SpanInputs`), which
+    on a CPU is the same memory; on a GPU the inputs are in the host's, and not counted. `on_progress` is told the bytes
+    read and the bytes to read.
+
+    Raises:
+        BadSetup: as for `load_engine`; the blocks are not the model's; the policy cannot take blocks back.
+    """
+    torch.set_num_threads(options.threads or usable_cores())
+    policy = policy_named(options.policy)
+    if policy.reserves:
+        raise BadSetup(
+            f"--policy {options.policy} keeps what it gave, and sessions over several machines then wait for "
+            "each other; choose paged"
+        )
+    checkpoint = open_checkpoint(options.folder)
+    spec = checkpoint.spec
+    checkpoint.plan(blocks)  # refuses blocks that are not the model's
+    tokenizer = None
+    if blocks.stop == len(spec.blocks):
+        tokenizer = Tokenizer(options.folder, model_vocab_tokens=spec.vocab_tokens)
+    build = _parts(options, checkpoint, blocks, tokenizer.vocab_tokens if tokenizer else spec.vocab_tokens)
+    hidden = None if blocks.start == 0 else spec.hidden
+    on_cpu = torch.device(options.device).type == "cpu"
+    input_bytes = SpanInputs.page_bytes(options.block_tokens, hidden) if on_cpu else 0
+    kv_blocks = _kv_blocks(options, build.extent_bytes + math.ceil(INPUTS_PER_KV_TOKEN * input_bytes))
+    host_kv_blocks = options.swap_bytes // build.extent_bytes
+    host_store = build.make_store(host_kv_blocks, "cpu") if host_kv_blocks else None
+    return SpanEngine(
+        decoder=build.load_decoder(on_progress),
+        store=build.make_store(kv_blocks, options.device),
+        host_store=host_store,
+        scheduler=Scheduler(
+            policy,
+            KvBlockPool(kv_blocks, options.block_tokens),
+            KvBlockPool(host_kv_blocks, options.block_tokens) if host_store is not None else None,
+            options.limits,
+        ),
+        inputs=SpanInputs(int(INPUTS_PER_KV_TOKEN * kv_blocks), options.block_tokens, hidden),
+        tokenizer=tokenizer,
+        eos_token_ids=frozenset(checkpoint.eos_token_ids),
+        max_model_tokens=_max_model_tokens(options, spec.max_model_tokens, kv_blocks),
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Parts:
     """How one way to compute gets its decoder and its KV memory; nothing large is taken before it is asked for."""
@@ -106,27 +154,32 @@ class _Parts:
     make_store: Callable[[int, str], KvExtents]
 
 
-def _torch_parts(options: EngineOptions, checkpoint: Checkpoint, token_limit: int) -> _Parts:
+def _parts(options: EngineOptions, checkpoint: Checkpoint, blocks: range, token_limit: int) -> _Parts:
+    parts = _kernel_parts if native.uses_kernels(options, checkpoint.spec) else _torch_parts
+    return parts(options, checkpoint, blocks, token_limit)
+
+
+def _torch_parts(options: EngineOptions, checkpoint: Checkpoint, blocks: range, token_limit: int) -> _Parts:
     spec, dtype, block_tokens = checkpoint.spec, DTYPES[options.dtype], options.block_tokens
 
     def load_decoder(on_progress: Progress | None) -> Decoder:
         weights = load_weights(
-            checkpoint, blocks=None, dtype=dtype, device=options.device, on_progress=on_progress
+            checkpoint, blocks=blocks, dtype=dtype, device=options.device, on_progress=on_progress
         )
         return Decoder(spec, weights, device=options.device, dtype=dtype)
 
     def make_store(kv_blocks: int, device: str) -> KvExtents:
-        return KvStore(spec, spec.all_blocks, kv_blocks, block_tokens, dtype=dtype, device=device)
+        return KvStore(spec, blocks, kv_blocks, block_tokens, dtype=dtype, device=device)
 
     return _Parts(
-        extent_bytes=kv_extent_bytes(spec, spec.all_blocks, block_tokens, dtype),
+        extent_bytes=kv_extent_bytes(spec, blocks, block_tokens, dtype),
         kv_format=options.dtype,
         load_decoder=load_decoder,
         make_store=make_store,
     )
 
 
-def _kernel_parts(options: EngineOptions, checkpoint: Checkpoint, token_limit: int) -> _Parts:
+def _kernel_parts(options: EngineOptions, checkpoint: Checkpoint, blocks: range, token_limit: int) -> _Parts:
     spec, block_tokens = checkpoint.spec, options.block_tokens
     format, kv_format = native.weight_format(options), native.kernel_kv_format(options)
 
@@ -134,6 +187,7 @@ def _kernel_parts(options: EngineOptions, checkpoint: Checkpoint, token_limit: i
         threads = options.threads or usable_cores()
         weights = load_packed(
             checkpoint,
+            blocks=blocks,
             format=format,
             threads=threads,
             cache=packed_cache_folder(checkpoint) if options.packed_cache else None,
@@ -149,14 +203,26 @@ def _kernel_parts(options: EngineOptions, checkpoint: Checkpoint, token_limit: i
         )
 
     def make_store(kv_blocks: int, device: str) -> KvExtents:
-        return native.make_kv_store(spec, spec.all_blocks, kv_blocks, block_tokens, kv_format)
+        return native.make_kv_store(spec, blocks, kv_blocks, block_tokens, kv_format)
 
     return _Parts(
-        extent_bytes=native.kv_extent_bytes(spec, spec.all_blocks, block_tokens, kv_format),
+        extent_bytes=native.kv_extent_bytes(spec, blocks, block_tokens, kv_format),
         kv_format=f"{format} {kv_format}",
         load_decoder=load_decoder,
         make_store=make_store,
     )
+
+
+def _kv_blocks(options: EngineOptions, bytes_each: int) -> int:
+    """KV blocks that the memory set aside for them holds, with what belongs to each."""
+    kv_blocks = options.kv_cache_bytes // bytes_each
+    if kv_blocks < 2:
+        raise BadSetup(
+            f"a KV cache of {format_bytes(options.kv_cache_bytes)} holds {kv_blocks} blocks of "
+            f"{options.block_tokens} tokens ({format_bytes(bytes_each)} each) and at least 2 are needed; "
+            "raise --kv-cache-memory"
+        )
+    return kv_blocks
 
 
 def _max_model_tokens(options: EngineOptions, model_tokens: int, kv_blocks: int) -> int:

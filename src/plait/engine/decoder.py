@@ -80,9 +80,9 @@ class Decoder:
     ) -> Tensor:
         """Run the chunks, writing their keys and values to the store.
 
-        `hidden` [tokens, hidden], in chunk order, comes from the span before; the first span takes the token ids. A
-        span that holds the last block returns logits, float32 [sum of logit_rows, vocab] in chunk order; another
-        returns hidden states [tokens, hidden] in chunk order.
+        `hidden` [tokens, hidden], in chunk order, comes from the span before, in any float type and on any device; the
+        first span takes the token ids. A span that holds the last block returns logits, float32 [sum of logit_rows,
+        vocab] in chunk order; another returns hidden states [tokens, hidden] in chunk order, in this decoder's type.
         """
         assert store.blocks == self.blocks and store.extents.dtype == self._dtype
         step = Step(chunks, store, self._tables, self._dtype)
@@ -90,7 +90,7 @@ class Decoder:
             flat = self._embed(step)
         else:
             assert hidden is not None
-            flat = step.to_batch_order(hidden)
+            flat = step.to_batch_order(hidden.to(store.extents.device, self._dtype))
         for layer in self._layers:
             flat = layer(flat, step)
         if not self._decides:

@@ -9,7 +9,6 @@ the scheduler's known tokens (what to compute), a live sequence's outputs (what 
 detokenizer (what was shown).
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,9 +18,17 @@ import torch
 from plait.engine.constraints import ConstraintCompiler, Matcher
 from plait.engine.decoder import SequenceChunk, SpanDecoder
 from plait.engine.detokenizer import IncrementalDetokenizer
-from plait.engine.kv_store import KvExtents
+from plait.engine.kv_store import KvExtents, move_blocks
 from plait.engine.live import BeamProgress, LiveRequest, LiveSequence
-from plait.engine.sampling import SampledToken, SamplingRow, position_logprobs, sample_rows, top_candidates
+from plait.engine.sampling import (
+    SampledToken,
+    SamplingRow,
+    check_logit_bias,
+    position_logprobs,
+    sample_each,
+    take_best,
+    top_candidates,
+)
 from plait.engine.tokenizer import Tokenizer
 from plait.errors import BadRequest, EngineFailure, ServingError
 from plait.ids import RequestId
@@ -159,11 +166,7 @@ class Engine:
                 "prompt and answer together; shorten the prompt",
                 param="prompt",
             )
-        for token_id in request.sampling.logit_bias or ():
-            if token_id >= vocab_tokens:
-                raise BadRequest(
-                    f"logit_bias names token {token_id}, beyond the vocabulary", param="logit_bias"
-                )
+        check_logit_bias(request.sampling, vocab_tokens)
         return room_tokens
 
     def abort(self, id: RequestId) -> None:
@@ -198,7 +201,7 @@ class Engine:
                 live.cached_tokens = self._scheduler.cached_tokens(id)
                 self._prompt_tokens += len(live.request.prompt_token_ids)
         with torch.inference_mode():
-            self._move_blocks(step)
+            move_blocks(step, self._store, self._host_store)
             if not step.chunks:
                 self._scheduler.complete(step)
                 self._step = None
@@ -272,15 +275,6 @@ class Engine:
         # Weyl sequence over the requests: distinct, reproducible from the engine's seed and arrival order.
         return (self._seed * 0x9E3779B97F4A7C15 + (self._added + 1) * 0xD1B54A32D192ED03) & (2**64 - 1)
 
-    def _move_blocks(self, step: ScheduledStep) -> None:
-        if self._host_store is not None:
-            if step.swap_out:
-                self._store.swap_out(step.swap_out, self._host_store)
-            if step.swap_in:
-                self._store.swap_in(step.swap_in, self._host_store)
-        if step.copies:
-            self._store.copy_blocks(step.copies)
-
     def _chunk(self, chunk: ScheduledChunk) -> SequenceChunk:
         live = self._live[chunk.request_id]
         token_ids = self._scheduler.token_ids(chunk.request_id, chunk.sequence)
@@ -352,30 +346,18 @@ class Engine:
         owners: Sequence[tuple[LiveRequest, LiveSequence]],
     ) -> Sequence[SampledToken | None]:
         """Sample all rows; those that cannot be sampled fail their own requests and no other."""
-        vocab_limit = self.tokenizer.vocab_tokens
-        try:
-            return sample_rows(logits, rows, vocab_limit)
-        except (BadRequest, EngineFailure):
-            sampled: list[SampledToken | None] = []
-            for index, row in enumerate(rows):
-                try:
-                    sampled += sample_rows(logits[index : index + 1], [row], vocab_limit)
-                except (BadRequest, EngineFailure) as failure:
-                    sampled.append(None)
-                    self._fail(owners[index][0], failure)
-            return sampled
+        sampled = sample_each(logits, rows, self.tokenizer.vocab_tokens)
+        return [self._unless_failed(live, token) for (live, _), token in zip(owners, sampled, strict=True)]
 
     def _best_token(self, live: LiveRequest, best: tuple[int, float]) -> SampledToken | None:
         """The greedy choice that the decoder made itself."""
-        token_id, logit = best
-        if math.isfinite(logit):
-            return SampledToken(token_id)
-        self._fail(live, EngineFailure(f"the largest logit is {logit}{self._where_non_finite()}"))
-        return None
+        return self._unless_failed(live, take_best(*best, self._decoder.non_finite))
 
-    def _where_non_finite(self) -> str:
-        where = self._decoder.non_finite()
-        return f"; activations stopped being finite in {where}" if where else ""
+    def _unless_failed(self, live: LiveRequest, token: SampledToken | ServingError) -> SampledToken | None:
+        if isinstance(token, SampledToken):
+            return token
+        self._fail(live, token)
+        return None
 
     def _fail(self, live: LiveRequest, failure: ServingError) -> None:
         if live.request.id in self._live:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from plait.errors import BadSetup
 from plait.model import ModelSpec
+from plait.scheduling import ScheduledStep
 from plait.units import format_bytes
 
 BlockPairs = Sequence[tuple[int, int]]
@@ -118,6 +119,17 @@ class KvStore(KvExtents):
         """One block's pages as a strided view [kv_blocks, planes, heads, block_tokens, dim]."""
         shape = (self.kv_blocks, len(self.blocks), self.planes, self.heads, self.block_tokens, self.dim)
         return self.extents.view(shape)[:, self.blocks.index(block)]
+
+
+def move_blocks(step: ScheduledStep, store: KvExtents, host_store: KvExtents | None) -> None:
+    """Make the copies that come before a step's forward pass."""
+    if host_store is not None:
+        if step.swap_out:
+            store.swap_out(step.swap_out, host_store)
+        if step.swap_in:
+            store.swap_in(step.swap_in, host_store)
+    if step.copies:
+        store.copy_blocks(step.copies)
 
 
 def _zeros(kv_blocks: int, elements: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from plait.engine.beam import BeamOptions, BeamSearch, advance_beams, best_beams
 from plait.engine.constraints import Matcher
 from plait.engine.detokenizer import IncrementalDetokenizer
-from plait.engine.sampling import SampledToken, SamplingRow
+from plait.engine.sampling import SampledToken, SamplingRow, ending_token_ids, takes_best_token
 from plait.session import (
     FinishReason,
     GenerationRequest,
@@ -89,8 +89,7 @@ class LiveRequest:
 
     def __post_init__(self) -> None:
         sampling = self.sampling
-        own = frozenset(sampling.stop_token_ids or ())
-        self.stop_token_ids = own if sampling.ignore_eos else own | self.eos_token_ids
+        self.stop_token_ids = ending_token_ids(sampling, self.eos_token_ids)
         self.row_params = replace(sampling, logprobs=sampling.logprobs or 0) if self.ranked else sampling
         self.fanned_out = sampling.sequences == 1
         if sampling.beam_width:
@@ -139,17 +138,12 @@ class LiveRequest:
     @property
     def takes_best_token(self) -> bool:
         """Whether its next tokens are simply the most likely ones: no other logit than the largest matters."""
-        params = self.row_params
-        held_back = params.min_tokens > min(len(each.output_token_ids) for each in self.sequences)
-        return (
-            params.greedy
-            and params.logprobs is None
-            and not params.logit_bias
-            and not params.penalised
-            and not (held_back and self.stop_token_ids)
-            and self.beam is None
-            and self.sequences[0].matcher is None
-            and not self.wants_prompt_rows
+        plain = self.beam is None and not self.wants_prompt_rows
+        return plain and takes_best_token(
+            self.row_params,
+            output_tokens=min(len(each.output_token_ids) for each in self.sequences),
+            stop_token_ids=self.stop_token_ids,
+            constrained=self.sequences[0].matcher is not None,
         )
 
     def sampling_row(self, sequence: LiveSequence) -> SamplingRow:

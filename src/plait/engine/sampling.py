@@ -15,7 +15,8 @@ strictly above them. Tokens that tie at a threshold are all kept, as in transfor
 vLLM V1: bias, penalties, masks; temperature; min_p; top_k; top_p, each over what the ones before left.
 """
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from plait.errors import BadRequest, EngineFailure
+from plait.errors import BadRequest, EngineFailure, ServingError
 from plait.session import PositionLogprobs, SamplingParams, TokenLogprob
 
 WEIGHT_BITS = 44  # 2^44 for the best of at most 2^18 tokens sums to below 2^62: no int64 total overflows
@@ -93,6 +94,66 @@ def sample_rows(logits: Tensor, rows: Sequence[SamplingRow], vocab_limit: int) -
     token_ids: list[int] = chosen.tolist()
     reported = _report_logprobs(raw, rows, token_ids)
     return [SampledToken(token_id, reported.get(index)) for index, token_id in enumerate(token_ids)]
+
+
+def sample_each(
+    logits: Tensor, rows: Sequence[SamplingRow], vocab_limit: int
+) -> list[SampledToken | ServingError]:
+    """As `sample_rows`, but a row that cannot be sampled gives its error and leaves the others alone."""
+    try:
+        return list(sample_rows(logits, rows, vocab_limit))
+    except (BadRequest, EngineFailure):
+        sampled: list[SampledToken | ServingError] = []
+        for index, row in enumerate(rows):
+            try:
+                sampled += sample_rows(logits[index : index + 1], [row], vocab_limit)
+            except (BadRequest, EngineFailure) as failure:
+                sampled.append(failure)
+        return sampled
+
+
+def take_best(token_id: int, logit: float, non_finite: Callable[[], str]) -> SampledToken | EngineFailure:
+    """The greedy choice that a decoder made itself, if its logit is a number; `non_finite` says where it stopped."""
+    if math.isfinite(logit):
+        return SampledToken(token_id)
+    where = non_finite()
+    return EngineFailure(
+        f"the largest logit is {logit}" + (f"; activations stopped being finite in {where}" if where else "")
+    )
+
+
+def takes_best_token(
+    params: SamplingParams, *, output_tokens: int, stop_token_ids: Collection[int], constrained: bool
+) -> bool:
+    """Whether a next token is simply the most likely one: no other logit than the largest matters.
+
+    `output_tokens` are out already; `constrained` if a mask will apply.
+    """
+    return (
+        params.greedy
+        and params.logprobs is None
+        and not params.logit_bias
+        and not params.penalised
+        and not (stop_token_ids and output_tokens < params.min_tokens)
+        and not constrained
+    )
+
+
+def ending_token_ids(params: SamplingParams, eos_token_ids: frozenset[int]) -> frozenset[int]:
+    """All tokens that end an answer: its own, and the model's unless they are to be ignored."""
+    own = frozenset(params.stop_token_ids or ())
+    return own if params.ignore_eos else own | eos_token_ids
+
+
+def check_logit_bias(params: SamplingParams, vocab_tokens: int) -> None:
+    """Refuse a bias on a token that the model does not have.
+
+    Raises:
+        BadRequest: there is one.
+    """
+    for token_id in params.logit_bias or ():
+        if token_id >= vocab_tokens:
+            raise BadRequest(f"logit_bias names token {token_id}, beyond the vocabulary", param="logit_bias")
 
 
 def uniform_bits(

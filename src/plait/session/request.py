@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from plait.ids import RequestId
+from plait.session.route_ask import RouteAsk
 from plait.session.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -17,6 +18,7 @@ class GenerationRequest:
     A lower `priority` runs earlier; equals run first come, first served. Requests share cached prefixes
     only with requests of the same `cache_salt` (one per tenant). `continues_text` keeps the space that some
     tokenizers drop before the first word: right where the answer is read on from the prompt, wrong for a chat.
+    `route` None leaves it to the swarm, if there is one, which machines answer.
     """
 
     id: RequestId
@@ -25,6 +27,7 @@ class GenerationRequest:
     priority: int = 0
     cache_salt: str = ""
     continues_text: bool = True
+    route: RouteAsk | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ from plait.engine.ranks import Rank, RankGroup, RankPlan, load_rank, vocabularie
 from plait.engine.sampling import SampledToken
 from plait.engine.span_engine import SpanEngine, SpanLoad
 from plait.engine.span_session import SpanOutput, SpanSession
+from plait.engine.span_sizes import SpanSizes, read_span_sizes
 from plait.engine.step import SequenceChunk
 from plait.engine.tokenizer import Tokenizer
 from plait.engine.wishes import Wishes, decide_options
@@ -68,6 +69,7 @@ __all__ = [
     "SpanLoad",
     "SpanOutput",
     "SpanSession",
+    "SpanSizes",
     "TensorParallel",
     "Tokenizer",
     "Wishes",
@@ -82,6 +84,7 @@ __all__ = [
     "load_rank",
     "load_span_engine",
     "open_checkpoint",
+    "read_span_sizes",
     "resolve_model",
     "side_files",
     "usable_cores",

@@ -15,8 +15,8 @@ class RouteAsk:
     """A wish about the route of one request through a swarm; what is None is as the server does it.
 
     `mode` is one of routing's modes. `pick` says which member of the front `tradeoff` and `exact` take: `budget` with
-    `budget_s` seconds a token, `weights` with one weight for each objective. `peers`, by name or id and in order, are for
-    `pinned`. `draft_tokens`: how many tokens may be guessed ahead.
+    `budget_s` seconds a token, `weights` with one weight for each objective. `peers`, by name or id and in order, are
+    for `pinned`. `draft_tokens`: how many tokens may be guessed ahead.
 
     Raises:
         BadRequest: a value out of its range; `param` names it.

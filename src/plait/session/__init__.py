@@ -1,9 +1,51 @@
-"""One request: what was asked and what was answered.
+"""Requests and sessions: what was asked, what was answered, and how one sequence runs over a chain of workers.
 
 sampling_params.py   how to turn logits into tokens, and constraints on the output
-request.py           a request, and the deltas that answer it
+request.py           a request, and the deltas that answer it; route_ask.py: the machines it would like
+
+One sequence over a chain; events in, actions out, nothing performed:
+
+chain_session.py     as its gateway drives it: opening, tokens, losses, recovery, deadlines
+hop_session.py       as one worker of the chain sees it: inputs, outputs, what is kept for replay
+resume_plan.py       where each hop goes on after the chain has changed
+row_buffer.py        hidden states of consecutive positions
+prompt_lookup.py     guesses of the next tokens, from the text itself
 """
 
+from plait.session.chain_session import (
+    Ban,
+    Begun,
+    Cancelled,
+    ChainSession,
+    Emit,
+    Ended,
+    Fail,
+    FindRoute,
+    Heard,
+    Lost,
+    Routed,
+    Send,
+    SessionAction,
+    SessionEvent,
+    SessionTimes,
+    SessionWish,
+    TimePassed,
+    Unroutable,
+    ViewChanged,
+)
+from plait.session.hop_session import (
+    CutOff,
+    Feed,
+    Forget,
+    Forward,
+    HopAction,
+    HopFacts,
+    HopSession,
+    Rows,
+    SampledRow,
+    Tell,
+)
+from plait.session.prompt_lookup import PromptLookup
 from plait.session.request import (
     FinishReason,
     GenerationRequest,
@@ -14,6 +56,9 @@ from plait.session.request import (
     TokenLogprob,
     merge_deltas,
 )
+from plait.session.resume_plan import plan_resume
+from plait.session.route_ask import RouteAsk, RoutePick
+from plait.session.row_buffer import RowBuffer
 from plait.session.sampling_params import (
     MAX_LOGPROBS,
     MAX_SAMPLES,
@@ -28,14 +73,48 @@ __all__ = [
     "MAX_SAMPLES",
     "MAX_STOP_STRINGS",
     "MIN_REPETITION_PENALTY",
+    "Ban",
+    "Begun",
+    "Cancelled",
+    "ChainSession",
     "Constraint",
+    "CutOff",
+    "Emit",
+    "Ended",
+    "Fail",
+    "Feed",
+    "FindRoute",
     "FinishReason",
+    "Forget",
+    "Forward",
     "GenerationRequest",
+    "Heard",
+    "HopAction",
+    "HopFacts",
+    "HopSession",
+    "Lost",
     "PositionLogprobs",
+    "PromptLookup",
     "RequestDelta",
     "RequestTiming",
+    "RouteAsk",
+    "RoutePick",
+    "Routed",
+    "RowBuffer",
+    "Rows",
+    "SampledRow",
     "SamplingParams",
+    "Send",
     "SequenceDelta",
+    "SessionAction",
+    "SessionEvent",
+    "SessionTimes",
+    "SessionWish",
+    "Tell",
+    "TimePassed",
     "TokenLogprob",
+    "Unroutable",
+    "ViewChanged",
     "merge_deltas",
+    "plan_resume",
 ]

@@ -235,6 +235,16 @@ class SpanEngine:
     # -- steps -----------------------------------------------------------------------------------------
 
     @property
+    def decoder(self) -> SpanDecoder:
+        """What computes the span: for measurements while no session is open."""
+        return self._decoder
+
+    @property
+    def store(self) -> KvExtents:
+        """The KV memory: for measurements while no session is open, which may leave anything in it."""
+        return self._store
+
+    @property
     def has_work(self) -> bool:
         """Whether `step` or `take_failures` has something to give.
 

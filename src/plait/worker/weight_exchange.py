@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, get_args
 
 import msgspec
 
@@ -49,6 +49,9 @@ BATCH_PIECES = MAX_ASKED_HASHES
 # Questions of one member that are answered at the same time; more are refused.
 MAX_OPEN_ANSWERS = 16
 NOTE_S = 2.0
+
+WEIGHT_MESSAGES: tuple[type, ...] = get_args(WeightMessage)
+"""What `Network.route` is to send here."""
 
 Progress = Callable[[int, int], None]
 _Told = TypeVar("_Told", bound=WeightAnswer)
@@ -118,8 +121,8 @@ class WeightExchange:
 
     # -- what comes ------------------------------------------------------------------------------------
 
-    def on_message(self, peer: PeerId, message: WeightMessage, tensors: Sequence[memoryview]) -> None:
-        """Take a message; must not be called before this is entered."""
+    def on_message(self, peer: PeerId, message: Message, tensors: tuple[memoryview, ...]) -> None:
+        """Take one of `WEIGHT_MESSAGES`; must not be called before this is entered."""
         match message:
             case ModelAsk() | HashesAsk() | BytesAsk():
                 if self._answering.get(peer, 0) >= MAX_OPEN_ANSWERS:
@@ -132,6 +135,8 @@ class WeightExchange:
                 asked, future = self._waiting.get(message.request, (None, None))
                 if asked == peer and future is not None and not future.done():
                     future.set_result((message, tensors))
+            case _:
+                raise AssertionError("not a message about weights")
 
     def on_lost(self, peer: PeerId, reason: str) -> None:
         """A peer is gone: what was asked of it will not come."""

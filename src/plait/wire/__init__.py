@@ -5,11 +5,14 @@ messages.py             the union of all messages, and its codec
 link_messages.py        handshake, liveness, credits, splices
 membership_messages.py  signed records and digests
 session_messages.py     sessions over a chain
+weight_messages.py      a checkpoint's files, from member to member
+control_messages.py     what the owner of a swarm tells its members
 bounded.py              what every message is made of
 hidden.py               hidden states in float32, bfloat16 or block-wise int8
 """
 
 from plait.wire.bounded import Bounded, Count, PeerIdField, Reason, SessionIdField
+from plait.wire.control_messages import ControlMessage, LeaveAsk
 from plait.wire.frame import (
     FRAME_VERSION,
     Buffer,
@@ -38,6 +41,7 @@ from plait.wire.link_messages import (
     SpliceClose,
     SpliceCredit,
     SpliceMessage,
+    SpliceOffer,
     SpliceOpen,
     Welcome,
 )
@@ -77,23 +81,46 @@ from plait.wire.session_messages import (
     WireSampling,
     reason_text,
 )
+from plait.wire.weight_messages import (
+    MAX_ASKED_HASHES,
+    MAX_MODEL_FILES,
+    MAX_PART_BYTES,
+    PIECE_BYTES,
+    BytesAsk,
+    BytesTold,
+    HashesAsk,
+    HashesTold,
+    ModelAsk,
+    ModelFile,
+    ModelTold,
+    WeightAnswer,
+    WeightMessage,
+    WeightsRefused,
+)
 
 __all__ = [
     "FRAME_VERSION",
     "LINK_VERSION",
+    "MAX_ASKED_HASHES",
     "MAX_DIGEST",
     "MAX_DRAFT_TOKENS",
     "MAX_HOPS",
+    "MAX_MODEL_FILES",
+    "MAX_PART_BYTES",
     "MAX_RECORDS",
     "MAX_RECORD_BYTES",
     "MAX_SESSION_TOKENS",
     "MAX_STEP_TOKENS",
     "NONCE_BYTES",
+    "PIECE_BYTES",
     "Bounded",
     "Buffer",
+    "BytesAsk",
+    "BytesTold",
     "ChainHop",
     "Challenge",
     "CloseSession",
+    "ControlMessage",
     "Count",
     "Credit",
     "Digest",
@@ -108,11 +135,17 @@ __all__ = [
     "Goodbye",
     "Gossip",
     "HandshakeMessage",
+    "HashesAsk",
+    "HashesTold",
     "Hello",
     "HiddenFormat",
+    "LeaveAsk",
     "LinkMessage",
     "MembershipMessage",
     "Message",
+    "ModelAsk",
+    "ModelFile",
+    "ModelTold",
     "OpenSession",
     "Opened",
     "PeerIdField",
@@ -133,11 +166,15 @@ __all__ = [
     "SpliceClose",
     "SpliceCredit",
     "SpliceMessage",
+    "SpliceOffer",
     "SpliceOpen",
     "Step",
     "Taken",
     "TokenReport",
     "Tokens",
+    "WeightAnswer",
+    "WeightMessage",
+    "WeightsRefused",
     "Welcome",
     "WireSampling",
     "decode_hidden",

@@ -86,7 +86,14 @@ class Probe(Bounded, frozen=True, tag="probe"):
 
 
 class SpliceOpen(Bounded, frozen=True, tag="splice_open"):
-    """Carry bytes between the sender and `peer`, or, from the member that carries them: `peer` wants to be carried."""
+    """To the member in the middle: carry bytes between the sender and `peer`."""
+
+    splice: SpliceId
+    peer: PeerIdField
+
+
+class SpliceOffer(Bounded, frozen=True, tag="splice_offer"):
+    """From the member in the middle: `peer`, as far as that member knows, wants to exchange bytes."""
 
     splice: SpliceId
     peer: PeerIdField
@@ -115,5 +122,5 @@ class SpliceClose(Bounded, frozen=True, tag="splice_close"):
 
 
 HandshakeMessage = Hello | Challenge | Proof | Welcome
-SpliceMessage = SpliceOpen | SpliceAccept | SpliceBytes | SpliceCredit | SpliceClose
+SpliceMessage = SpliceOpen | SpliceOffer | SpliceAccept | SpliceBytes | SpliceCredit | SpliceClose
 LinkMessage = HandshakeMessage | Ping | Pong | Credit | Goodbye | Probe | SpliceMessage

@@ -7,7 +7,7 @@ decode    one sequence, 32 tokens in and 128 out: tokens a second; bytes of weig
           measured beside it; the part of a step that is not spent in the kernels
 prefill   1,024 tokens: tokens a second; multiply-adds over the peak measured beside them
 c16       16 requests at once (128 in, 64 out), through HTTP;   mix: 64 requests with lengths like those of chats
-context   decoding at 8,192 tokens, one sequence and eight, with keys and values in 16 and in 8 bits
+context   decoding at 8,192 tokens, one sequence and four, with keys and values in 16 and in 8 bits
 startup   from starting the process to its first token
 memory    the most that a process held, from its start through a prompt of 1,024 tokens
 
@@ -39,7 +39,7 @@ from peers.workloads import Request, chat_mix, requests
 from results import Figure, write_result
 
 CONTEXT_TOKENS = 8192
-CONTEXT_SEQUENCES = 8
+CONTEXT_SEQUENCES = 4
 # The target for memory: so much over packed weights and KV pool, and a Python with torch.
 MEMORY_FACTOR, MEMORY_EXTRA_BYTES = 1.1, 300e6
 Group = list[Choice]

@@ -43,7 +43,7 @@ from plait.engine.ranks import Rank, RankGroup, RankPlan, load_rank, vocabularie
 from plait.engine.sampling import SampledToken
 from plait.engine.span_engine import SpanEngine, SpanLoad
 from plait.engine.span_session import SpanOutput, SpanSession
-from plait.engine.span_sizes import SpanSizes, read_span_sizes
+from plait.engine.span_sizes import SpanSizes, computing_format, read_span_sizes
 from plait.engine.step import SequenceChunk
 from plait.engine.tokenizer import Tokenizer
 from plait.engine.wishes import Wishes, decide_options
@@ -75,6 +75,7 @@ __all__ = [
     "Wishes",
     "available_memory_bytes",
     "cached_models",
+    "computing_format",
     "decide_options",
     "download_model",
     "find_in_cache",

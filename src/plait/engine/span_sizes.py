@@ -10,7 +10,7 @@ from plait.engine.options import DTYPES, EngineOptions
 from plait.engine.packed import packed_weight_bytes
 from plait.engine.span_inputs import INPUTS_PER_KV_TOKEN, SpanInputs
 from plait.errors import BadSetup
-from plait.model import PlannedSlot
+from plait.model import ModelSpec, PlannedSlot
 from plait.units import format_bytes
 
 
@@ -109,6 +109,13 @@ def read_span_sizes(checkpoint: Checkpoint, options: EngineOptions) -> SpanSizes
         last_bytes=math.ceil(last_bytes),
         input_bytes_per_token=INPUTS_PER_KV_TOKEN * SpanInputs.page_bytes(1, spec.hidden),
     )
+
+
+def computing_format(options: EngineOptions, spec: ModelSpec) -> tuple[str, str]:
+    """How decided options keep weights, and keys and values, in words: machines with the same compute the same."""
+    if native.uses_kernels(options, spec):
+        return native.weight_format(options), native.kernel_kv_format(options)
+    return f"torch-{options.dtype}", options.dtype
 
 
 def _kv_block_bytes(checkpoint: Checkpoint, options: EngineOptions, blocks: range, *, kernels: bool) -> int:

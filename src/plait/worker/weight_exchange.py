@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar, get_args
 
 import msgspec
 
-from plait.engine import open_checkpoint
+from plait.engine import Checkpoint, open_checkpoint
 from plait.errors import BadSetup, EngineFailure, PeerLost, ServingError
 from plait.ids import PeerId
 from plait.units import format_bytes
@@ -157,21 +157,14 @@ class WeightExchange:
         told, _ = await self._ask(peer, ModelAsk(self._request()), ModelTold)
         return told
 
-    async def fetch(
-        self,
-        folder: WeightFolder,
-        blocks: range,
-        holders: Callable[[], Sequence[PeerId]],
-        on_progress: Progress | None = None,
-    ) -> None:
-        """Bring all that `blocks` need into the folder: configuration, tokenizer, headers, tensors.
-
-        `holders` says whom to ask now. `on_progress` is told bytes there and bytes needed.
+    async def fetch_description(
+        self, folder: WeightFolder, holders: Callable[[], Sequence[PeerId]]
+    ) -> Checkpoint:
+        """Bring all but the tensors into the folder: configuration, tokenizer, headers; `holders` says whom to ask now.
 
         Raises:
             BadSetup: nobody has a piece, or what came is not the model of the folder's fingerprint.
         """
-        loop = asyncio.get_running_loop()
         need = [*folder.side_pieces(), *folder.first_pieces()]
         await self._fetch_pieces(folder, need, holders, None)
         heads = await asyncio.to_thread(folder.header_pieces)
@@ -182,9 +175,23 @@ class WeightExchange:
                 f"what peers sent is not the model they named: its fingerprint is {checkpoint.fingerprint}, not "
                 f"{folder.fingerprint}"
             )
-        pieces = await loop.run_in_executor(None, span_pieces, checkpoint, blocks)
-        needed = sorted({*need, *heads, *pieces})
-        await self._fetch_pieces(folder, needed, holders, on_progress)
+        return checkpoint
+
+    async def fetch(
+        self,
+        folder: WeightFolder,
+        blocks: range,
+        holders: Callable[[], Sequence[PeerId]],
+        on_progress: Progress | None = None,
+    ) -> None:
+        """Bring all that `blocks` need into the folder; `on_progress` is told bytes there and bytes needed.
+
+        Raises:
+            BadSetup: as for `fetch_description`.
+        """
+        checkpoint = await self.fetch_description(folder, holders)
+        pieces = await asyncio.to_thread(span_pieces, checkpoint, blocks)
+        await self._fetch_pieces(folder, pieces, holders, on_progress)
 
     async def _fetch_pieces(
         self,

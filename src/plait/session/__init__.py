@@ -10,6 +10,7 @@ hop_session.py       as one worker of the chain sees it: inputs, outputs, what i
 resume_plan.py       where each hop goes on after the chain has changed
 row_buffer.py        hidden states of consecutive positions
 prompt_lookup.py     guesses of the next tokens, from the text itself
+wire_sampling.py     sampling parameters as they travel
 """
 
 from plait.session.chain_session import (
@@ -22,6 +23,7 @@ from plait.session.chain_session import (
     Fail,
     FindRoute,
     Heard,
+    Leaving,
     Lost,
     Routed,
     Send,
@@ -57,7 +59,7 @@ from plait.session.request import (
     merge_deltas,
 )
 from plait.session.resume_plan import plan_resume
-from plait.session.route_ask import RouteAsk, RoutePick
+from plait.session.route_ask import RouteAsk
 from plait.session.row_buffer import RowBuffer
 from plait.session.sampling_params import (
     MAX_LOGPROBS,
@@ -67,6 +69,7 @@ from plait.session.sampling_params import (
     Constraint,
     SamplingParams,
 )
+from plait.session.wire_sampling import from_wire_sampling, to_wire_sampling
 
 __all__ = [
     "MAX_LOGPROBS",
@@ -92,13 +95,13 @@ __all__ = [
     "HopAction",
     "HopFacts",
     "HopSession",
+    "Leaving",
     "Lost",
     "PositionLogprobs",
     "PromptLookup",
     "RequestDelta",
     "RequestTiming",
     "RouteAsk",
-    "RoutePick",
     "Routed",
     "RowBuffer",
     "Rows",
@@ -115,6 +118,8 @@ __all__ = [
     "TokenLogprob",
     "Unroutable",
     "ViewChanged",
+    "from_wire_sampling",
     "merge_deltas",
     "plan_resume",
+    "to_wire_sampling",
 ]

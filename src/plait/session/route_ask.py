@@ -1,54 +1,48 @@
 """What a request may say about the machines that answer it."""
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from plait.errors import BadRequest
 
-RoutePick = Literal["balanced", "budget", "sampled", "weights"]
-MAX_ASKED_PEERS = 256
+MAX_ASKED_DRAFT_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteAsk:
-    """A wish about the route of one request through a swarm; what is None is as the server does it.
+    """A wish about the route of one request through a swarm; what is left out is as the server does it.
 
-    `mode` is one of routing's modes. `pick` says which member of the front `tradeoff` and `exact` take: `budget` with
-    `budget_s` seconds a token, `weights` with one weight for each objective. `peers`, by name or id and in order, are
-    for `pinned`. `draft_tokens`: how many tokens may be guessed ahead.
+    `mode`, `pick`, `objectives`, `pinned` (names or ids of machines, in order), `max_hops` and `evaluations` are for
+    `routing.wish_of_fields`, which checks them. `draft_tokens`: how many tokens may be guessed ahead.
 
     Raises:
-        BadRequest: a value out of its range; `param` names it.
+        BadRequest: `draft_tokens` is out of its range.
     """
 
     mode: str | None = None
-    pick: RoutePick | None = None
-    budget_s: float | None = None
-    weights: tuple[float, ...] = ()
-    peers: tuple[str, ...] = ()
+    pick: str | None = None
+    objectives: tuple[str, ...] = ()
+    pinned: tuple[str, ...] = ()
+    max_hops: int | None = None
+    evaluations: int | None = None
     draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.pick is not None and self.pick not in get_args(RoutePick):
-            raise _bad("pick", f"must be one of {', '.join(get_args(RoutePick))}, not {self.pick!r}")
-        if self.budget_s is not None and not 0 < self.budget_s < math.inf:
-            raise _bad("budget_s", f"must be a time in seconds above 0, not {self.budget_s}")
-        if (self.pick == "budget") != (self.budget_s is not None):
-            raise _bad("budget_s", "and pick 'budget' go together")
-        if any(not 0 <= weight < math.inf for weight in self.weights):
-            raise _bad("weights", "must be finite and at least 0")
-        if (self.pick == "weights") != (sum(self.weights) > 0):
-            raise _bad("weights", "(not all 0) and pick 'weights' go together")
-        if self.mode == "pinned" and not self.peers:
-            raise _bad("peers", "must name the machines of a pinned route")
-        if self.peers and self.mode != "pinned":
-            raise _bad("peers", "are for the mode 'pinned'")
-        if len(self.peers) > MAX_ASKED_PEERS:
-            raise _bad("peers", f"may be at most {MAX_ASKED_PEERS}")
-        if self.draft_tokens is not None and not 0 <= self.draft_tokens <= 32:
-            raise _bad("draft_tokens", f"must be between 0 and 32, not {self.draft_tokens}")
+        if self.draft_tokens is not None and not 0 <= self.draft_tokens <= MAX_ASKED_DRAFT_TOKENS:
+            raise BadRequest(
+                f"route.draft_tokens must be between 0 and {MAX_ASKED_DRAFT_TOKENS}, not {self.draft_tokens}",
+                param="route",
+            )
 
-
-def _bad(field: str, rule: str) -> BadRequest:
-    return BadRequest(f"route.{field} {rule}", param=f"route.{field}")
+    @property
+    def fields(self) -> Mapping[str, object]:
+        """What was said of the route, by name."""
+        said: dict[str, object] = {
+            "mode": self.mode,
+            "pick": self.pick,
+            "objectives": list(self.objectives) or None,
+            "pinned": list(self.pinned) or None,
+            "max_hops": self.max_hops,
+            "evaluations": self.evaluations,
+        }
+        return {name: value for name, value in said.items() if value is not None}

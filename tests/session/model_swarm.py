@@ -139,6 +139,7 @@ def wish_for(
         min_tokens=0,
         stop_token_ids=stops,
         logprobs=None,
+        constraint=None,
     )
     return SessionWish(
         id=SESSION,

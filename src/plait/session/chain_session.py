@@ -65,6 +65,7 @@ class SessionWish:
     prompt_token_ids: tuple[int, ...]
     max_tokens: int
     sampling: WireSampling
+    arrived_unix_s: float = 0.0
     draft_tokens: int = 0
     wire_format: HiddenFormat = "float32"
 
@@ -110,6 +111,13 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True)
+class Leaving:
+    """A peer is about to leave: the session is to go on without it, as long as it can."""
+
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
 class Routed:
     """The answer to `FindRoute`: hops that cover its blocks in order."""
 
@@ -140,7 +148,7 @@ class Cancelled:
     """Nobody wants the rest."""
 
 
-SessionEvent = Begun | Heard | Lost | Routed | Unroutable | ViewChanged | TimePassed | Cancelled
+SessionEvent = Begun | Heard | Lost | Leaving | Routed | Unroutable | ViewChanged | TimePassed | Cancelled
 
 # Actions.
 
@@ -283,6 +291,10 @@ class ChainSession:
                 if self._slot_of(peer) is None:
                     return []
                 return [Ban(peer, reason, False), *self._lose([peer], reason, now_s)]
+            case Leaving(peer):
+                if self._slot_of(peer) is None:
+                    return []
+                return self._lose([peer], f"{_short(peer)} is leaving", now_s)
             case Routed(blocks, hops):
                 return self._on_route(blocks, hops, now_s)
             case Unroutable(blocks, error):
@@ -375,6 +387,8 @@ class ChainSession:
         finished: FinishCode = "length" if len(ids) == room_tokens else ""
         if ids[-1] in sampling.stop_token_ids:
             finished = "stop"
+        if sampling.constraint is not None and tokens.finished == "stop":
+            finished = "stop"  # the constraint may allow nothing more
         if any(token_id in sampling.stop_token_ids for token_id in ids[:-1]) or tokens.finished != finished:
             return f"says that the answer {'ends' if tokens.finished else 'goes on'} after {ids}"
         return ""
@@ -384,6 +398,11 @@ class ChainSession:
         match fault.code:
             case "engine":
                 return [Ban(peer, reason, False), *self._lose([peer], reason, now_s)]
+            case "no_capacity":
+                self._refusals[peer] = _Refusal("no_capacity", fault.reason)
+                return self._lose([peer], reason, now_s)
+            case "bad_request":
+                return self._fail(BadRequest(fault.reason))
             case "gap":
                 return self._lose([], reason, now_s)
             case "unreachable" | "misbehaved":
@@ -531,6 +550,7 @@ class ChainSession:
                 wire_format=wish.wire_format,
                 sampling=wish.sampling if index == len(hops) - 1 else None,
                 draft_tokens=wish.draft_tokens,
+                arrived_unix_s=wish.arrived_unix_s,
                 held=self.epoch > 1,
             )
             actions.append(Send(slot.hop.peer, opening))

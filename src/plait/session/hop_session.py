@@ -175,9 +175,9 @@ class HopSession:
         return frozenset((self.gateway, *(hop.peer for hop in self._hops)))
 
     @property
-    def computed_tokens(self) -> int:
-        """Positions that have gone through its blocks."""
-        return self._computed
+    def before(self) -> PeerId:
+        """Who sends its inputs."""
+        return self.gateway if self.first else self._hops[self._index - 1].peer
 
     @property
     def next_hop(self) -> ChainHop | None:
@@ -189,8 +189,7 @@ class HopSession:
         """Take inputs from the hop before (the gateway, at the first hop); `rows` [tokens, hidden] are finite."""
         if step.epoch != self.epoch or self._broken:
             return []
-        before = self.gateway if self.first else self._hops[self._index - 1].peer
-        if not self.held and sender != before:
+        if not self.held and sender != self.before:
             return [CutOff(sender, "it sent a step of a session in which it is not the hop before")]
         if self.held:
             if len(self._waiting) >= MAX_WAITING_MESSAGES:
@@ -328,16 +327,25 @@ class HopSession:
         """A peer sent what cannot be: cut it off, and let the gateway find another chain."""
         return [CutOff(peer, reason), *self._fault(peer, "misbehaved", reason)]
 
-    def engine_failed(self, reason: str) -> list[HopAction]:
-        """This hop's own engine could not compute."""
-        return [] if self.held or self._broken else self._fault(self._own, "engine", reason)
+    def engine_failed(self, code: FaultCode, reason: str) -> list[HopAction]:
+        """This hop's own engine could not go on with it, and has forgotten it."""
+        return self._fault(self._own, code, reason)
 
     # -- the engine --------------------------------------------------------------------------------------
 
     def on_output(
-        self, start: int, tokens: int, rows: Rows | None, sampled: Sequence[SampledRow]
+        self,
+        start: int,
+        tokens: int,
+        rows: Rows | None,
+        sampled: Sequence[SampledRow],
+        *,
+        completes: bool = False,
     ) -> list[HopAction]:
-        """A slice was computed: rows [tokens, hidden] for the next hop, or what was sampled at the last one."""
+        """A slice was computed: rows [tokens, hidden] for the next hop, or what was sampled at the last one.
+
+        `completes`: the answer's constraint allows nothing after these samples.
+        """
         if self.held or self._broken:
             return []
         assert start == self._computed and start + tokens <= self._fed, (
@@ -351,9 +359,9 @@ class HopSession:
             actions += self._send()
         if not self.first and self._computed - self._taken_told >= WINDOW_TOKENS // 4:
             self._taken_told = self._computed
-            actions.append(Tell(self._hops[self._index - 1].peer, Taken(self.id, self.epoch, self._computed)))
+            actions.append(Tell(self.before, Taken(self.id, self.epoch, self._computed)))
         if self.last and sampled:
-            actions += self._tell_tokens(sampled)
+            actions += self._tell_tokens(sampled, completes)
         return actions + self._feed()
 
     def forget_sent(self) -> None:
@@ -490,7 +498,7 @@ class HopSession:
             actions.append(Forward(following.peer, step, self.kept.rows(start, end)))
         return actions
 
-    def _tell_tokens(self, sampled: Sequence[SampledRow]) -> list[HopAction]:
+    def _tell_tokens(self, sampled: Sequence[SampledRow], completes: bool) -> list[HopAction]:
         """Tell the gateway and the first hop what was sampled, up to where the answer ends."""
         opening = self._opening
         assert opening.sampling is not None and self._computed == self._sample_to
@@ -498,7 +506,7 @@ class HopSession:
         finished: FinishCode = ""
         rows = list(sampled)
         for count, row in enumerate(rows, start=1):
-            if row.token_id in opening.sampling.stop_token_ids:
+            if row.token_id in opening.sampling.stop_token_ids or (completes and count == len(sampled)):
                 finished = "stop"
             elif position + count >= opening.max_tokens:
                 finished = "length"

@@ -78,6 +78,7 @@ from plait.wire.session_messages import (
     Taken,
     TokenReport,
     Tokens,
+    WireConstraint,
     WireSampling,
     reason_text,
 )
@@ -176,6 +177,7 @@ __all__ = [
     "WeightMessage",
     "WeightsRefused",
     "Welcome",
+    "WireConstraint",
     "WireSampling",
     "decode_hidden",
     "decode_message",

@@ -26,6 +26,7 @@ MAX_REPORTED_LOGPROBS = 64
 _MAX_BLOCK = 4096
 _MAX_STOP_TOKEN_IDS = 2048
 _MAX_BIASES = 4096
+_MAX_CONSTRAINT_CHARACTERS = 1 << 18
 
 Epoch = Annotated[int, Meta(ge=1, le=2**31)]
 Number = Annotated[int, Meta(ge=1, le=2**53)]
@@ -37,8 +38,9 @@ DraftTokens = Annotated[int, Meta(ge=0, le=MAX_DRAFT_TOKENS)]
 
 RefusalCode = Literal["no_capacity", "bad_request", "not_served", "unknown_session"]
 """Nothing free now; it can never run there; those blocks or that model are not there; nothing to fence."""
-FaultCode = Literal["unreachable", "misbehaved", "gap", "engine"]
-"""A peer cannot be reached; it sent nonsense; messages are missing; its own engine failed."""
+FaultCode = Literal["unreachable", "misbehaved", "gap", "engine", "no_capacity", "bad_request"]
+"""A peer cannot be reached; it sent nonsense; messages are missing; the sender's own engine failed, ran out of room, or
+says that this can never run."""
 FinishCode = Literal["", "stop", "length"]
 
 
@@ -55,6 +57,13 @@ class ChainHop(Bounded, frozen=True):
 
 
 Hops = Annotated[tuple[ChainHop, ...], Meta(min_length=1, max_length=MAX_HOPS)]
+
+
+class WireConstraint(Bounded, frozen=True):
+    """A language that the answer must belong to; `session.Constraint` says which kinds there are."""
+
+    kind: Literal["json_schema", "json_object", "regex", "grammar"]
+    text: Annotated[str, Meta(max_length=_MAX_CONSTRAINT_CHARACTERS)]
 
 
 class WireSampling(Bounded, frozen=True, kw_only=True):
@@ -76,13 +85,15 @@ class WireSampling(Bounded, frozen=True, kw_only=True):
     min_tokens: Position
     stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=_MAX_STOP_TOKEN_IDS)]
     logprobs: Annotated[int, Meta(ge=0, le=MAX_REPORTED_LOGPROBS)] | None
+    constraint: WireConstraint | None
 
 
 class OpenSession(Bounded, frozen=True, tag="open_session", kw_only=True):
     """Take a session in, as the `index`-th of `hops`; one of an older epoch is forgotten first.
 
     `max_tokens`: prompt and answer together, at most. `sampling` goes to the last hop, `draft_tokens` (how many tokens
-    it may guess ahead) counts for the first. A `held` session runs nothing before its `Resume`.
+    it may guess ahead) counts for the first. `arrived_unix_s`: when the request came, by the gateway's clock; where
+    memory is short, the earlier one goes first at every hop. A `held` session runs nothing before its `Resume`.
     """
 
     session: SessionIdField
@@ -95,6 +106,7 @@ class OpenSession(Bounded, frozen=True, tag="open_session", kw_only=True):
     wire_format: HiddenFormat
     sampling: WireSampling | None
     draft_tokens: DraftTokens
+    arrived_unix_s: Annotated[float, Meta(ge=0, lt=2**36)]
     held: bool
 
 

@@ -226,3 +226,20 @@ def test_more_open_requests_than_allowed_are_429(site, narrow_engine):
     assert answer.status_code == 429
     assert answer.json()["error"]["type"] == "rate_limit_error"
     assert int(answer.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_route_is_refused_where_there_is_no_swarm(http: httpx.Client, path: str):
+    body = {"messages": ASK, "prompt": "Hello", "route": {"mode": "latency"}, "max_tokens": 1}
+    answer = http.post(path, json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "route"
+    assert "--swarm" in answer.json()["error"]["message"]
+    misspelt = http.post(path, json=body | {"route": {"mode": 3}})
+    assert (misspelt.status_code, misspelt.json()["error"]["param"]) == (400, "route.mode")
+
+
+def test_swarm_paths_say_that_there_is_no_swarm(http: httpx.Client):
+    for answer in (http.get("/swarm/status"), http.post("/swarm/leave", json={"peer": "x"})):
+        assert answer.status_code == 404
+        assert "not part of a swarm" in answer.json()["error"]["message"]

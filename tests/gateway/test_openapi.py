@@ -43,6 +43,7 @@ REFUSED = (
         "guided_regex",
         "guided_choice",
         "guided_grammar",
+        "route",
     ),
 )
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance]

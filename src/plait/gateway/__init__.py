@@ -12,6 +12,7 @@ prompt.py               texts to tokens, and the room for an answer
 chat.py, completions.py, responses/, anthropic/         the dialects, each with its request
 content_type.py, request_id.py                          what several dialects ask of a message, and of a request
 models.py, tokenize.py, health.py                       the small endpoints
+swarm.py, swarm_desk.py the machines behind the gateway of a swarm
 page_files.py, page/    the web page
 http_protocol.py        uvicorn's protocol, bounded
 """
@@ -20,5 +21,6 @@ from plait.gateway.app import create_app
 from plait.gateway.auth import hash_api_key, new_api_key
 from plait.gateway.http_protocol import HttpProtocol
 from plait.gateway.options import GatewayOptions
+from plait.gateway.swarm_desk import SwarmDesk
 
-__all__ = ["GatewayOptions", "HttpProtocol", "create_app", "hash_api_key", "new_api_key"]
+__all__ = ["GatewayOptions", "HttpProtocol", "SwarmDesk", "create_app", "hash_api_key", "new_api_key"]

@@ -12,12 +12,13 @@ from starlette.requests import ClientDisconnect
 
 from plait import __version__
 from plait.errors import ServingError
-from plait.gateway import anthropic, chat, completions, health, models, responses, tokenize
+from plait.gateway import anthropic, chat, completions, health, models, responses, swarm, tokenize
 from plait.gateway.entrance import Entrance
 from plait.gateway.errors import OPENAI_ERRORS, ErrorDialect, error_response, http_reply, reply_of
 from plait.gateway.front_door import FrontDoor
 from plait.gateway.options import GatewayOptions
 from plait.gateway.page_files import PAGE_FOLDER, page_paths, page_router
+from plait.gateway.swarm_desk import SwarmDesk
 from plait.metrics import ServingMetrics
 from plait.worker import AsyncEngine
 
@@ -27,15 +28,17 @@ _OPEN_PATHS = frozenset({"/health", "/healthz", "/readyz", "/favicon.ico"})
 _ERROR_DIALECTS: tuple[tuple[str, ErrorDialect], ...] = (("/v1/messages", anthropic.ANTHROPIC_ERRORS),)
 
 
-def create_app(engine: AsyncEngine, options: GatewayOptions | None = None) -> FastAPI:
-    """The app that serves an engine, which someone else starts and stops."""
+def create_app(
+    engine: AsyncEngine, options: GatewayOptions | None = None, *, desk: SwarmDesk | None = None
+) -> FastAPI:
+    """The app that serves an engine, which someone else starts and stops; `desk` is for the gateway of a swarm."""
     options = options or GatewayOptions()
     metrics = ServingMetrics(engine.status, model_name=engine.names[0])
     app = FastAPI(title="plait", version=__version__, redoc_url=None, lifespan=_nothing_of_its_own)
     app.state.front_door = FrontDoor(
-        engine=engine, options=options, metrics=metrics, started_unix_s=int(time.time())
+        engine=engine, options=options, metrics=metrics, started_unix_s=int(time.time()), swarm=desk
     )
-    for module in (chat, completions, responses, anthropic, models, tokenize, health):
+    for module in (chat, completions, responses, anthropic, models, tokenize, health, swarm):
         app.include_router(module.router)
     app.include_router(page_router(PAGE_FOLDER))
     for kind in (ServingError, RequestValidationError, HTTPException, Exception):

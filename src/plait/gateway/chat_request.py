@@ -127,6 +127,7 @@ class ChatRequest(SamplingFields):
             parallel_tool_calls=self.parallel_tool_calls is not False,
             priority=self.priority or 0,
             cache_salt=self.cache_salt or "",
+            route=self.route_ask,
             add_generation_prompt=self.add_generation_prompt is not False,
             continue_final_message=bool(self.continue_final_message),
             chat_template_kwargs=template_kwargs,

@@ -63,6 +63,7 @@ async def _engine_requests(
                 sampling=check_room(model, len(token_ids), sampling),
                 priority=body.priority or 0,
                 cache_salt=body.cache_salt or "",
+                route=door.accepted_route(body.route_ask),
             )
         )
     return tuple(requests)

@@ -9,10 +9,11 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from plait.errors import NotFound, NotReady, ServingError
+from plait.errors import BadRequest, NotFound, NotReady, ServingError
 from plait.gateway.options import GatewayOptions
+from plait.gateway.swarm_desk import SwarmDesk
 from plait.metrics import ServingMetrics
-from plait.session import GenerationRequest, RequestDelta
+from plait.session import GenerationRequest, RequestDelta, RouteAsk
 from plait.worker import AsyncEngine, ServedModel
 
 
@@ -24,6 +25,22 @@ class FrontDoor:
     options: GatewayOptions
     metrics: ServingMetrics
     started_unix_s: int
+    swarm: SwarmDesk | None = None
+    """What is known and can be asked of the swarm that this server is the gateway of, if it is."""
+
+    def accepted_route(self, ask: RouteAsk | None) -> RouteAsk | None:
+        """A request's wish about its route, which only a swarm can follow.
+
+        Raises:
+            BadRequest: there is a wish and no swarm.
+        """
+        if ask is not None and self.swarm is None:
+            raise BadRequest(
+                "this server is one machine, so there is no route to choose; leave out 'route', or start the server "
+                "with --swarm",
+                param="route",
+            )
+        return ask
 
     async def ready_model(self, name: str | None) -> ServedModel:
         """The served model, after a bounded wait for it to load; `name` None means whichever it is.

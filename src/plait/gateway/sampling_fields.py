@@ -8,10 +8,12 @@ from plait.errors import BadRequest
 from plait.gateway.structured import ResponseFormat, StructuredOutputs, constraint_of
 from plait.gateway.wire import FirstError, WireModel
 from plait.session import (
+    MAX_ASKED_DRAFT_TOKENS,
     MAX_LOGPROBS,
     MAX_SAMPLES,
     MAX_STOP_STRINGS,
     MIN_REPETITION_PENALTY,
+    RouteAsk,
     SamplingParams,
 )
 
@@ -25,6 +27,33 @@ class StreamOptions(WireModel):
     """What else a stream should carry."""
 
     include_usage: bool | None = None
+
+
+Word = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class RouteFields(WireModel):
+    """Which machines of a swarm should answer; only a swarm's server takes it."""
+
+    mode: Word | None = None
+    pick: Word | None = None
+    objectives: Annotated[list[Word], FirstError(), Field(max_length=16)] | None = None
+    pinned: Annotated[list[Word], FirstError(), Field(max_length=256)] | None = None
+    max_hops: Annotated[int, Field(ge=1, le=4096)] | None = None
+    evaluations: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    draft_tokens: Annotated[int, Field(ge=0, le=MAX_ASKED_DRAFT_TOKENS)] | None = None
+
+    def ask(self) -> RouteAsk:
+        """The wish of these fields."""
+        return RouteAsk(
+            mode=self.mode,
+            pick=self.pick,
+            objectives=tuple(self.objectives or ()),
+            pinned=tuple(self.pinned or ()),
+            max_hops=self.max_hops,
+            evaluations=self.evaluations,
+            draft_tokens=self.draft_tokens,
+        )
 
 
 class SamplingFields(WireModel):
@@ -67,6 +96,12 @@ class SamplingFields(WireModel):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    route: RouteFields | None = None
+
+    @property
+    def route_ask(self) -> RouteAsk | None:
+        """Which machines should answer, if the request says so."""
+        return None if self.route is None else self.route.ask()
 
     def sampling(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """The sampling asked for; what was left out takes the defaults of `SamplingParams`.

@@ -44,7 +44,7 @@ from plait.gateway.tool_calls import (
     tool_constraint,
 )
 from plait.ids import RequestId
-from plait.session import GenerationRequest, PositionLogprobs, SamplingParams, SequenceDelta
+from plait.session import GenerationRequest, PositionLogprobs, RouteAsk, SamplingParams, SequenceDelta
 
 __all__ = [
     "ChoiceEnd",
@@ -80,6 +80,7 @@ class Turn:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    route: RouteAsk | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +180,7 @@ async def run_turn(
         priority=turn.priority,
         cache_salt=turn.cache_salt,
         continues_text=turn.continue_final_message,
+        route=door.accepted_route(turn.route),
     )
     choices = [
         _Choice(

@@ -59,7 +59,7 @@ from plait.session.request import (
     merge_deltas,
 )
 from plait.session.resume_plan import plan_resume
-from plait.session.route_ask import RouteAsk
+from plait.session.route_ask import MAX_ASKED_DRAFT_TOKENS, RouteAsk
 from plait.session.row_buffer import RowBuffer
 from plait.session.sampling_params import (
     MAX_LOGPROBS,
@@ -72,6 +72,7 @@ from plait.session.sampling_params import (
 from plait.session.wire_sampling import from_wire_sampling, to_wire_sampling
 
 __all__ = [
+    "MAX_ASKED_DRAFT_TOKENS",
     "MAX_LOGPROBS",
     "MAX_SAMPLES",
     "MAX_STOP_STRINGS",

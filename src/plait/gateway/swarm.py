@@ -1,0 +1,62 @@
+"""`/swarm/...`: the machines behind a gateway, how a request would be routed, who joins and who is to leave."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Response
+from pydantic import Field
+
+from plait.errors import NotFound
+from plait.gateway.front_door import Door, FrontDoor
+from plait.gateway.json_body import JsonRoute
+from plait.gateway.openai_documents import json_responses
+from plait.gateway.openai_json import json_response
+from plait.gateway.sampling_fields import RouteFields, Word
+from plait.gateway.swarm_desk import SwarmDesk
+from plait.gateway.wire import WireModel
+
+router = APIRouter(route_class=JsonRoute, tags=["swarm"])
+
+
+class RouteQuestion(WireModel):
+    """A request, as far as its route is concerned; `need_tokens` is its prompt and answer together."""
+
+    route: RouteFields | None = None
+    need_tokens: Annotated[int, Field(ge=0, le=2**24)] | None = None
+
+
+class LeaveOrder(WireModel):
+    """Which machine is to leave: its name, its id, or the beginning of its id."""
+
+    peer: Word
+
+
+@router.get("/swarm/status", responses=json_responses("Machines, spans, links, sessions."))
+async def status(door: Door) -> Response:
+    """The swarm as this gateway sees it."""
+    return json_response(_desk(door).status())
+
+
+@router.get("/swarm/ticket", responses=json_responses("A ticket, to be passed on like a password."))
+async def ticket(door: Door) -> Response:
+    """A ticket that lets other machines join."""
+    return json_response({"ticket": _desk(door).ticket()})
+
+
+@router.post("/swarm/route", responses=json_responses("The chain chosen, and the front."))
+async def route(question: RouteQuestion, door: Door) -> Response:
+    """How a request would be routed now; nothing runs."""
+    desk = _desk(door)
+    ask = (question.route or RouteFields()).ask()
+    return json_response(await desk.route(ask, question.need_tokens or 0))
+
+
+@router.post("/swarm/leave", responses=json_responses("The id of the machine that was told."))
+async def leave(order: LeaveOrder, door: Door) -> Response:
+    """Tell a machine to hand over its sessions and leave."""
+    return json_response({"peer": await _desk(door).ask_to_leave(order.peer)})
+
+
+def _desk(door: FrontDoor) -> SwarmDesk:
+    if door.swarm is None:
+        raise NotFound("this server is not part of a swarm; start one with: plait serve MODEL --swarm")
+    return door.swarm

@@ -1,0 +1,36 @@
+"""What the gateway of a swarm can be told and asked about it, beside requests for generation."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from plait.session import RouteAsk
+
+
+class SwarmDesk(Protocol):
+    """The swarm as its gateway sees it; mappings are ready for JSON."""
+
+    def status(self) -> Mapping[str, Any]:
+        """Machines, spans, links, sessions; see docs/swarm.md for the fields."""
+        ...
+
+    def ticket(self) -> str:
+        """A ticket that lets machines join from now on until it expires."""
+        ...
+
+    async def route(self, ask: RouteAsk, need_tokens: int) -> Mapping[str, Any]:
+        """The chain that a request with such a wish would get now, and the front it is chosen from.
+
+        Raises:
+            BadRequest: the wish makes no sense.
+            NoRoute: nobody serves some blocks.
+        """
+        ...
+
+    async def ask_to_leave(self, peer: str) -> str:
+        """Tell a machine, by name or id, to leave; returns its id.
+
+        Raises:
+            BadRequest: there is no such machine.
+            PeerLost: it cannot be told.
+        """
+        ...

@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 
 OnMessage = Callable[[PeerId, Message, tuple[memoryview, ...]], None]
 OnLost = Callable[[PeerId, str], None]
+OnLinked = Callable[[PeerId], None]
 DEFAULT_LIMITS = NetworkLimits()
 PROBE_BYTES = 1 << 20
 _MAX_TOLD = 1024
@@ -82,12 +83,17 @@ def _drop_loss(peer: PeerId, reason: str) -> None:
     pass
 
 
+def _drop_link(peer: PeerId) -> None:
+    pass
+
+
 class Network:
     """Sends messages to peers and receives theirs; enter it to start, leave it to close all links.
 
     `on_message` gets every message that has no route of its own (`route`), on the event loop, in the order in which
     each peer sent; it must not block, and owns the tensors. `on_lost` is told when a linked peer is gone, and why; not
-    when this side closes. Set both before entering.
+    when this side closes. `on_linked` is told of each new link (worker/membership.py sets it). A `BadFrame` that one of
+    them raises for a message cuts its sender off. Set them before entering.
 
     `carriers` are named by the scheme of their addresses. `secret` is that of the swarm, or of a ticket: then the first
     member that is reached hands over the swarm's own, which is in `secret` afterwards, to be kept.
@@ -107,6 +113,7 @@ class Network:
         self.limits = limits
         self.on_message: OnMessage = _drop_message
         self.on_lost: OnLost = _drop_loss
+        self.on_linked: OnLinked = _drop_link
         self._identity = identity
         self._carriers = dict(carriers)
         self._unix_now = unix_now
@@ -560,6 +567,7 @@ class Network:
                 waiter.set_result(connection)
         known.waiters.clear()
         self._spawn(self._serve(known, connection))
+        self.on_linked(known.id)
 
     async def _serve(self, known: _Peer, connection: Connection) -> None:
         def deliver(message: Message, tensors: tuple[memoryview, ...]) -> None:

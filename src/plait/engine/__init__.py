@@ -32,6 +32,7 @@ from plait.engine.hub import (
     side_files,
 )
 from plait.engine.kv_store import KvExtents
+from plait.engine.live import LiveRequest, check_prompt, new_sequence
 from plait.engine.options import (
     EngineOptions,
     TensorParallel,
@@ -58,6 +59,7 @@ __all__ = [
     "EngineStatus",
     "KeptWeights",
     "KvExtents",
+    "LiveRequest",
     "Matcher",
     "Rank",
     "RankGroup",
@@ -75,6 +77,7 @@ __all__ = [
     "Wishes",
     "available_memory_bytes",
     "cached_models",
+    "check_prompt",
     "computing_format",
     "decide_options",
     "download_model",
@@ -84,6 +87,7 @@ __all__ = [
     "load_engine",
     "load_rank",
     "load_span_engine",
+    "new_sequence",
     "open_checkpoint",
     "read_span_sizes",
     "resolve_model",

@@ -17,13 +17,11 @@ import torch
 
 from plait.engine.constraints import ConstraintCompiler, Matcher
 from plait.engine.decoder import SequenceChunk, SpanDecoder
-from plait.engine.detokenizer import IncrementalDetokenizer
 from plait.engine.kv_store import KvExtents, move_blocks
-from plait.engine.live import BeamProgress, LiveRequest, LiveSequence
+from plait.engine.live import BeamProgress, LiveRequest, LiveSequence, check_prompt, new_sequence
 from plait.engine.sampling import (
     SampledToken,
     SamplingRow,
-    check_logit_bias,
     position_logprobs,
     sample_each,
     take_best,
@@ -117,15 +115,12 @@ class Engine:
             BadRequest: it can never run on this model.
             NoCapacity: the waiting queue is full.
         """
-        room_tokens = self._check_prompt(request)
-        sampling = request.sampling
-        detokenizer = IncrementalDetokenizer(
-            self.tokenizer,
-            stop_strings=sampling.stop_strings,
-            include_stop=sampling.include_stop_str_in_output,
-            skip_special_tokens=sampling.skip_special_tokens,
-            continues_text=request.continues_text,
+        if request.id in self._live:
+            raise BadRequest(f"request id {request.id!r} is already running", param="request_id")
+        room_tokens = check_prompt(
+            request, vocab_tokens=self._decoder.spec.vocab_tokens, max_model_tokens=self.max_model_tokens
         )
+        sampling = request.sampling
         if matcher is None and sampling.constraint is not None:
             matcher = self.compile(sampling.constraint)
         live = LiveRequest(
@@ -134,7 +129,7 @@ class Engine:
             max_new_tokens=min(sampling.max_tokens or room_tokens, room_tokens),
             eos_token_ids=self._eos_token_ids,
             arrived_s=self._clock(),
-            sequences=[LiveSequence(index=0, detokenizer=detokenizer, matcher=matcher)],
+            sequences=[new_sequence(request, self.tokenizer, matcher=matcher)],
         )
         self._scheduler.submit(
             NewRequest(
@@ -149,25 +144,6 @@ class Engine:
         )
         self._live[request.id] = live
         self._added += 1
-
-    def _check_prompt(self, request: GenerationRequest) -> int:
-        """Refuse what the model cannot take; returns the tokens left for an answer."""
-        prompt, vocab_tokens = request.prompt_token_ids, self._decoder.spec.vocab_tokens
-        if request.id in self._live:
-            raise BadRequest(f"request id {request.id!r} is already running", param="request_id")
-        if not prompt:
-            raise BadRequest("the prompt is empty; give at least one token", param="prompt")
-        if max(prompt) >= vocab_tokens or min(prompt) < 0:
-            raise BadRequest(f"prompt token ids must be between 0 and {vocab_tokens - 1}", param="prompt")
-        room_tokens = self.max_model_tokens - len(prompt)
-        if room_tokens < 1:
-            raise BadRequest(
-                f"the prompt has {len(prompt)} tokens and this model's context is {self.max_model_tokens} tokens, "
-                "prompt and answer together; shorten the prompt",
-                param="prompt",
-            )
-        check_logit_bias(request.sampling, vocab_tokens)
-        return room_tokens
 
     def abort(self, id: RequestId) -> None:
         """Forget a request and free all it held, now; an unknown or finished one is no error."""

@@ -9,7 +9,15 @@ from dataclasses import dataclass, field, replace
 from plait.engine.beam import BeamOptions, BeamSearch, advance_beams, best_beams
 from plait.engine.constraints import Matcher
 from plait.engine.detokenizer import IncrementalDetokenizer
-from plait.engine.sampling import SampledToken, SamplingRow, ending_token_ids, takes_best_token
+from plait.engine.sampling import (
+    SampledToken,
+    SamplingRow,
+    check_logit_bias,
+    ending_token_ids,
+    takes_best_token,
+)
+from plait.engine.tokenizer import Tokenizer
+from plait.errors import BadRequest
 from plait.session import (
     FinishReason,
     GenerationRequest,
@@ -41,6 +49,43 @@ class LiveSequence:
         """A sequence that goes on independently from before its first token."""
         matcher = self.matcher.fork() if self.matcher is not None else None
         return LiveSequence(index=index, detokenizer=self.detokenizer.fork(), matcher=matcher)
+
+
+def check_prompt(request: GenerationRequest, *, vocab_tokens: int, max_model_tokens: int) -> int:
+    """Refuse what the model cannot take; returns the tokens left for an answer.
+
+    Raises:
+        BadRequest: it is empty, too long, or names tokens that the model does not have.
+    """
+    prompt = request.prompt_token_ids
+    if not prompt:
+        raise BadRequest("the prompt is empty; give at least one token", param="prompt")
+    if max(prompt) >= vocab_tokens or min(prompt) < 0:
+        raise BadRequest(f"prompt token ids must be between 0 and {vocab_tokens - 1}", param="prompt")
+    room_tokens = max_model_tokens - len(prompt)
+    if room_tokens < 1:
+        raise BadRequest(
+            f"the prompt has {len(prompt)} tokens and this model's context is {max_model_tokens} tokens, "
+            "prompt and answer together; shorten the prompt",
+            param="prompt",
+        )
+    check_logit_bias(request.sampling, vocab_tokens)
+    return room_tokens
+
+
+def new_sequence(
+    request: GenerationRequest, tokenizer: Tokenizer, *, index: int = 0, matcher: Matcher | None = None
+) -> LiveSequence:
+    """A sequence of a request before its first token."""
+    sampling = request.sampling
+    detokenizer = IncrementalDetokenizer(
+        tokenizer,
+        stop_strings=sampling.stop_strings,
+        include_stop=sampling.include_stop_str_in_output,
+        skip_special_tokens=sampling.skip_special_tokens,
+        continues_text=request.continues_text,
+    )
+    return LiveSequence(index=index, detokenizer=detokenizer, matcher=matcher)
 
 
 @dataclass(slots=True)
@@ -159,8 +204,8 @@ class LiveRequest:
             allowed=sequence.matcher.allowed() if sequence.matcher is not None else None,
         )
 
-    def take_token(self, sequence: LiveSequence, token: SampledToken) -> None:
-        """Add a sampled token to a sequence, which may end it."""
+    def take_token(self, sequence: LiveSequence, token: SampledToken, *, completes: bool = False) -> None:
+        """Add a sampled token to a sequence, which may end it; `completes`: its constraint allows no more."""
         token_id = token.token_id
         sequence.output_token_ids.append(token_id)
         if token.logprobs is not None:
@@ -169,7 +214,7 @@ class LiveRequest:
         if token_id in self.stop_token_ids:
             self._stop_at(sequence, token_id)
         else:
-            self._show(sequence, token_id)
+            self._show(sequence, token_id, completes)
         if sequence.finish_reason is not None and sequence.detokenizer.stop_string is None:
             sequence.unsent_text += sequence.detokenizer.flush()
             if sequence.detokenizer.stop_string is not None:
@@ -182,7 +227,7 @@ class LiveRequest:
             if self.sampling.include_stop_str_in_output:
                 sequence.unsent_text += sequence.detokenizer.push([token_id], match_stops=False)[0]
 
-    def _show(self, sequence: LiveSequence, token_id: int) -> None:
+    def _show(self, sequence: LiveSequence, token_id: int, completes: bool) -> None:
         made_tokens = len(sequence.output_token_ids)
         may_stop = made_tokens >= self.sampling.min_tokens
         text, stop_string = sequence.detokenizer.push([token_id], match_stops=may_stop)
@@ -191,7 +236,7 @@ class LiveRequest:
             sequence.matcher.accept(token_id)
         if stop_string is not None:
             sequence.finish_reason, sequence.stop_reason = "stop", stop_string
-        elif sequence.matcher is not None and sequence.matcher.is_finished:
+        elif completes or (sequence.matcher is not None and sequence.matcher.is_finished):
             sequence.finish_reason = "stop"
         elif made_tokens >= self.max_new_tokens:
             sequence.finish_reason = "length"

@@ -1,0 +1,533 @@
+"""One span of a model in a swarm: takes sessions' messages from the network, runs the engine, sends on what comes out.
+
+Everything but the forward pass happens on the event loop. The engine belongs to one task: between two steps it
+applies what has arrived (open, feed, close), then has a step run (`run_step`: in a thread, live), and hands the
+outputs to their sessions, which say what to send. So the engine is never touched while it computes, and every step
+batches all that is ready.
+
+Sessions end when their gateway says so, when it has been gone for `grace_s`, or when nobody has said anything about
+them for `lease_s`: nothing stays behind.
+"""
+
+import asyncio
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from plait.cluster import PeerLoad, format_blocks
+from plait.engine import Matcher, SampledToken, SpanEngine, SpanOutput, SpanSession
+from plait.errors import BadFrame, BadRequest, EngineFailure, NoCapacity, NotFound, ServingError
+from plait.ids import PeerId, SessionId
+from plait.session import (
+    CutOff,
+    Feed,
+    Forget,
+    Forward,
+    HopAction,
+    HopFacts,
+    HopSession,
+    Rows,
+    SampledRow,
+    SamplingParams,
+    Tell,
+    from_wire_sampling,
+)
+from plait.transport import Network
+from plait.wire import (
+    CloseSession,
+    FaultCode,
+    Fence,
+    Message,
+    Opened,
+    OpenSession,
+    RefusalCode,
+    Refused,
+    Resume,
+    Step,
+    Taken,
+    TokenReport,
+    Tokens,
+    decode_hidden,
+    encode_hidden,
+    reason_text,
+)
+from plait.worker.engine_thread import RunStep
+from plait.worker.outbox import Outbox
+
+log = logging.getLogger(__name__)
+
+MAX_FAILED_STEPS = 3
+"""In a row; then the engine itself is broken, and the worker stops."""
+_MESSAGE_BYTES = 4 << 20
+"""Hidden states in one message: long enough to be sent at full speed, short enough for others to come in between."""
+_LOAD_EVERY_S = 0.25
+_STEP_SMOOTHING = 0.1
+_MAX_CLOSED = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanWorkerOptions:
+    """Bounds of one worker.
+
+    `max_sessions` in all and `max_gateway_sessions` of one gateway are live at once. `kept_bytes`: outputs kept for
+    replay; beyond, those of the oldest sessions go, which costs computing them again if the next hop is lost.
+    """
+
+    max_sessions: int = 4096
+    max_gateway_sessions: int = 1024
+    kept_bytes: int = 1 << 30
+    lease_s: float = 300.0
+    grace_s: float = 20.0
+
+
+@dataclass(slots=True)
+class _Live:
+    """A session here; outputs of steps up to `stale_step`, or of inputs that were forgotten, are not its any more."""
+
+    session: HopSession
+    opening: OpenSession
+    heard_s: float
+    stale_step: int = 0
+    forgotten: bool = False
+    kept_bytes: int = 0
+    orphaned_s: float | None = None  # since when its gateway is gone
+
+
+class SpanWorker:
+    """Serves one span; enter it to start. The owner of the network calls `on_message` and `on_lost`.
+
+    `model` names the model: sessions of another one are refused. `run_step` runs the engine's steps.
+    `failure` is set when the engine is broken and the worker has stopped.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        engine: SpanEngine,
+        *,
+        model: str,
+        run_step: RunStep,
+        options: SpanWorkerOptions = SpanWorkerOptions(),
+    ) -> None:
+        self.engine = engine
+        self.blocks = engine.blocks
+        self.failure: ServingError | None = None
+        self.block_tokens_total = 0
+        """Positions that have come out, times the blocks they went through."""
+        self._network = network
+        self._model = model
+        self._run_step = run_step
+        self._options = options
+        self._outbox = Outbox(network, self.on_lost)
+        self._facts = HopFacts(
+            hidden_values=engine.spec.hidden,
+            vocab_tokens=engine.spec.vocab_tokens,
+            message_tokens=max(64, _MESSAGE_BYTES // (4 * engine.spec.hidden)),
+        )
+        self._live: dict[SessionId, _Live] = {}
+        self._closed: OrderedDict[SessionId, int] = OrderedDict()  # the last epoch of each
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = asyncio.Event()
+        self._step = 0  # the number of the latest step
+        self._step_s = 0.0
+        self._failed_steps = 0
+        self._kept_bytes = 0
+        self._draining = False
+        self._load = engine.load()
+        self._load_at_s = 0.0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._spawn(self._run())
+        self._spawn(self._expire())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for live in list(self._live.values()):
+            self._end_session(live)
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._apply_commands()
+        await self._outbox.close()
+
+    # -- what the member asks -----------------------------------------------------------------------------
+
+    @property
+    def sessions(self) -> int:
+        """Sessions that cross this worker now."""
+        return len(self._live)
+
+    def drain(self) -> None:
+        """Take no new sessions; those that are here go on until their gateways move them."""
+        self._draining = True
+
+    def load(self) -> PeerLoad:
+        """How busy this worker is, as of a moment ago."""
+        load = self._load
+        return PeerLoad(
+            sessions=len(self._live),
+            queued_tokens=load.queued_tokens,
+            step_s=self._step_s,
+            kv_free_tokens=load.kv_free_tokens,
+            kv_total_tokens=load.kv_total_tokens,
+        )
+
+    # -- the network --------------------------------------------------------------------------------------
+
+    def on_message(self, peer: PeerId, message: Message, tensors: tuple[memoryview, ...]) -> None:
+        """Take a message; what does not concern a hop of a chain is ignored."""
+        match message:
+            case OpenSession():
+                self._open(peer, message)
+            case Step():
+                self._on_step(peer, message, tensors)
+            case Tokens() | Taken():
+                live = self._live.get(message.session)
+                if live is not None:
+                    live.heard_s = self._loop.time()
+                    if isinstance(message, Tokens):
+                        self._carry_out(live, live.session.on_tokens(peer, message))
+                    else:
+                        self._carry_out(live, live.session.on_taken(peer, message))
+            case Fence() | Resume() | CloseSession():
+                self._on_gateway(peer, message)
+            case _:
+                pass
+
+    def on_lost(self, peer: PeerId, reason: str) -> None:
+        """A peer is gone: sessions that would go on to it cannot, those of a gateway wait for it for a while."""
+        now_s = self._loop.time()
+        for live in list(self._live.values()):
+            if live.session.gateway == peer and live.orphaned_s is None:
+                live.orphaned_s = now_s
+            self._carry_out(live, live.session.on_lost(peer))
+
+    def _on_gateway(self, peer: PeerId, message: Fence | Resume | CloseSession) -> None:
+        live = self._live.get(message.session)
+        if live is None:
+            if isinstance(message, CloseSession):
+                self._remember_closed(message.session, message.epoch)
+            elif isinstance(message, Fence):
+                self._refuse(peer, message, "unknown_session", "the session is not here, or not any more")
+            return
+        if peer != live.session.gateway:
+            self._cut_off(peer, "it spoke for the gateway of a session")
+            return
+        live.heard_s, live.orphaned_s = self._loop.time(), None
+        match message:
+            case Fence():
+                self._carry_out(live, live.session.on_fence(message))
+            case Resume():
+                self._carry_out(live, live.session.on_resume(message))
+            case CloseSession():
+                if message.epoch >= live.session.epoch:
+                    self._end_session(live)
+
+    def _on_step(self, peer: PeerId, step: Step, tensors: tuple[memoryview, ...]) -> None:
+        live = self._live.get(step.session)
+        if live is None or step.epoch != live.session.epoch:
+            return
+        live.heard_s = self._loop.time()
+        rows: Rows | None = None
+        if tensors or not live.session.first:
+            try:
+                rows = decode_hidden(
+                    tensors, live.opening.wire_format, len(step.token_ids), self._facts.hidden_values
+                )
+            except BadFrame as error:
+                self._carry_out(live, live.session.accuse(peer, error.message))
+                return
+        self._carry_out(live, live.session.on_step(peer, step, rows))
+
+    # -- sessions come and go -----------------------------------------------------------------------------
+
+    def _open(self, peer: PeerId, opening: OpenSession) -> None:
+        if opening.epoch <= self._closed.get(opening.session, 0):
+            return
+        live = self._live.get(opening.session)
+        if live is not None:
+            if peer == live.session.gateway and opening.epoch <= live.session.epoch:
+                return
+            if peer != live.session.gateway:
+                self._refuse(peer, opening, "bad_request", "the session is somebody else's")
+                return
+            self._end_session(live)
+        why = self._why_not(peer, opening)
+        if why is not None:
+            self._refuse(peer, opening, *why)
+            return
+        try:
+            sampling = None if opening.sampling is None else from_wire_sampling(opening.sampling)
+        except BadRequest as error:
+            self._refuse(peer, opening, "bad_request", error.message)
+            return
+        live = _Live(
+            session=HopSession(opening, own=self._network.peer, gateway=peer, facts=self._facts),
+            opening=opening,
+            heard_s=self._loop.time(),
+            stale_step=self._step,
+        )
+        self._live[opening.session] = live
+        if sampling is not None and sampling.constraint is not None:
+            self._spawn(self._compile(live, sampling))
+        else:
+            self._command(lambda: self._engine_open(live, sampling, None))
+
+    def _why_not(self, peer: PeerId, opening: OpenSession) -> tuple[RefusalCode, str] | None:
+        """Why a session cannot be taken, if so."""
+        if self.failure is not None or self._draining:
+            return "no_capacity", "this worker is leaving"
+        if opening.model != self._model:
+            return "not_served", f"this worker serves another model than {opening.model!r}"
+        hop = opening.hops[opening.index] if opening.index < len(opening.hops) else None
+        if hop is None or hop.peer != self._network.peer or hop.blocks != self.blocks:
+            asked = "none of its own" if hop is None else f"{hop.first_block}:{hop.end_block}"
+            return "not_served", f"this worker serves blocks {format_blocks(self.blocks)}, not {asked}"
+        of_gateway = sum(live.session.gateway == peer for live in self._live.values())
+        if len(self._live) >= self._options.max_sessions or of_gateway >= self._options.max_gateway_sessions:
+            return "no_capacity", f"{len(self._live)} sessions cross this worker already"
+        return None
+
+    async def _compile(self, live: _Live, sampling: SamplingParams) -> None:
+        """A constraint can take seconds: not on the event loop."""
+        assert sampling.constraint is not None
+        try:
+            matcher = await asyncio.to_thread(self.engine.compile, sampling.constraint)
+        except ServingError as error:
+            self._not_opened(live, error)
+        else:
+            self._command(lambda: self._engine_open(live, sampling, matcher))
+
+    def _engine_open(self, live: _Live, sampling: SamplingParams | None, matcher: Matcher | None) -> None:
+        if self._live.get(live.session.id) is not live:
+            return
+        opening = live.opening
+        wire = opening.sampling
+        try:
+            self.engine.open(
+                SpanSession(
+                    id=opening.session,
+                    max_tokens=opening.max_tokens,
+                    prompt_tokens=opening.prompt_tokens,
+                    sampling=sampling,
+                    seed=0 if wire is None else wire.seed,
+                    sample_index=0 if wire is None else wire.sample_index,
+                    arrived_unix_s=opening.arrived_unix_s,
+                ),
+                matcher=matcher,
+            )
+        except ServingError as error:
+            self._not_opened(live, error)
+            return
+        self._outbox.post(live.session.gateway, Opened(opening.session, opening.epoch))
+
+    def _not_opened(self, live: _Live, error: ServingError) -> None:
+        if self._live.get(live.session.id) is live:
+            del self._live[live.session.id]
+            code = "no_capacity" if isinstance(error, NoCapacity) else "bad_request"
+            self._refuse(live.session.gateway, live.opening, code, error.message)
+
+    def _refuse(self, peer: PeerId, asked: OpenSession | Fence, code: RefusalCode, reason: str) -> None:
+        self._outbox.post(peer, Refused(asked.session, asked.epoch, code, reason_text(reason)))
+
+    def _end_session(self, live: _Live) -> None:
+        """Free all that a session holds."""
+        id = live.session.id
+        del self._live[id]
+        self._kept_bytes -= live.kept_bytes
+        live.kept_bytes = 0
+        self._remember_closed(id, live.session.epoch)
+        self._command(lambda: self.engine.close(id))
+
+    def _remember_closed(self, id: SessionId, epoch: int) -> None:
+        """What is still on its way of a closed session does not open it again."""
+        self._closed[id] = max(epoch, self._closed.pop(id, 0))
+        if len(self._closed) > _MAX_CLOSED:
+            self._closed.popitem(last=False)
+
+    async def _expire(self) -> None:
+        """End sessions that nobody speaks of any more."""
+        options = self._options
+        while True:
+            await asyncio.sleep(min(options.lease_s, options.grace_s) / 4)
+            now_s = self._loop.time()
+            for live in list(self._live.values()):
+                orphaned = live.orphaned_s is not None and now_s - live.orphaned_s >= options.grace_s
+                if orphaned or now_s - live.heard_s >= options.lease_s:
+                    why = "its gateway is gone" if orphaned else "nobody spoke of it"
+                    log.info("session=%s closed: %s", live.session.id, why)
+                    self._end_session(live)
+
+    # -- what sessions want done --------------------------------------------------------------------------
+
+    def _carry_out(self, live: _Live, actions: Iterable[HopAction]) -> None:
+        self._see_kept(live)
+        for action in actions:
+            match action:
+                case Feed():
+                    self._command(lambda feed=action: self._engine_feed(live, feed))
+                case Forget():
+                    live.forgotten = True
+                    live.stale_step = self._step
+                case Forward(peer, step, rows):
+                    self._outbox.post(peer, step, encode_hidden(rows, live.opening.wire_format))
+                case Tell(peer, message):
+                    self._outbox.post(peer, message)
+                case CutOff(peer, reason):
+                    self._cut_off(peer, reason)
+
+    def _cut_off(self, peer: PeerId, reason: str) -> None:
+        log.warning("peer=%s cut off: %s", peer[:12], reason)
+        self._spawn(self._network.drop(peer, reason))
+
+    def _engine_feed(self, live: _Live, feed: Feed) -> None:
+        if self._live.get(live.session.id) is not live:
+            return
+        live.forgotten = False
+        hidden = None if feed.rows is None else torch.as_tensor(feed.rows)
+        try:
+            self.engine.feed(
+                live.session.id,
+                feed.start,
+                feed.token_ids,
+                hidden,
+                sample_rows=feed.sample_rows,
+                draft_tokens=feed.draft_tokens,
+            )
+        except NotFound:
+            pass  # the engine has ended it, and says so with the next step
+        except BadRequest as error:
+            self._carry_out(live, live.session.accuse(live.session.before, error.message))
+
+    # -- the engine ---------------------------------------------------------------------------------------
+
+    def _command(self, command: Callable[[], None]) -> None:
+        self._commands.append(command)
+        self._wake.set()
+
+    def _apply_commands(self) -> None:
+        while self._commands:
+            self._commands.popleft()()
+
+    async def _run(self) -> None:
+        try:
+            await self._serve()
+        except Exception as error:
+            log.exception("the worker stopped")
+            self._stop(f"the worker stopped: {type(error).__name__}: {error}")
+
+    async def _serve(self) -> None:
+        """Apply what has arrived, run a step, hand out what came of it; until the engine is broken."""
+        engine = self.engine
+        while self.failure is None:
+            self._apply_commands()
+            self._see_load()
+            if not engine.has_work:
+                self._wake.clear()
+                if not self._commands:
+                    await self._wake.wait()
+                continue
+            self._step += 1
+            began_s = self._loop.time()
+            try:
+                outputs = await self._run_step(engine.step)
+                self._failed_steps = 0
+            except Exception as error:
+                self._step_failed(error)
+                continue
+            self._note_step(self._loop.time() - began_s)
+            for output in outputs:
+                self._hand_out(output)
+            for id, failure in engine.take_failures():
+                self._session_failed(id, _fault_code(failure), failure.message)
+
+    def _hand_out(self, output: SpanOutput) -> None:
+        self.block_tokens_total += len(output.token_ids) * len(self.blocks)
+        live = self._live.get(output.id)
+        if live is None or live.forgotten or self._step <= live.stale_step:
+            return
+        actions = live.session.on_output(
+            output.start,
+            len(output.token_ids),
+            None if output.hidden is None else output.hidden.numpy(),
+            tuple(map(_sampled_row, output.sampled)),
+            completes=output.completes,
+        )
+        self._carry_out(live, actions)
+        if self._kept_bytes > self._options.kept_bytes:
+            self._forget_oldest()
+
+    def _see_kept(self, live: _Live) -> None:
+        if live.session.id in self._live:
+            held_bytes = live.session.kept.held_bytes
+            self._kept_bytes += held_bytes - live.kept_bytes
+            live.kept_bytes = held_bytes
+
+    def _forget_oldest(self) -> None:
+        """Give up outputs that were kept for replay, of the oldest sessions first."""
+        for live in self._live.values():
+            live.session.forget_sent()
+            self._see_kept(live)
+            if self._kept_bytes <= self._options.kept_bytes:
+                return
+
+    def _step_failed(self, error: Exception) -> None:
+        log.exception("a step failed")
+        self._failed_steps += 1
+        reason = error.message if isinstance(error, ServingError) else f"{type(error).__name__}: {error}"
+        for id in self.engine.abort_running():
+            self._session_failed(id, "engine", f"a step failed: {reason}")
+        if self._failed_steps >= MAX_FAILED_STEPS:
+            self._stop(f"{self._failed_steps} steps in a row failed: {reason}")
+
+    def _stop(self, reason: str) -> None:
+        self.failure = EngineFailure(reason)
+        for id in list(self._live):
+            self._session_failed(id, "engine", reason)
+
+    def _session_failed(self, id: SessionId, code: FaultCode, reason: str) -> None:
+        """The engine has ended a session: its gateway is told, and nothing of it stays."""
+        live = self._live.get(id)
+        if live is not None:
+            self._carry_out(live, live.session.engine_failed(code, reason))
+            self._end_session(live)
+
+    def _note_step(self, step_s: float) -> None:
+        self._step_s += (step_s - self._step_s) * (_STEP_SMOOTHING if self._step_s else 1.0)
+
+    def _see_load(self) -> None:
+        now_s = self._loop.time()
+        if now_s - self._load_at_s >= _LOAD_EVERY_S or not self.engine.has_work:
+            self._load, self._load_at_s = self.engine.load(), now_s
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _fault_code(failure: ServingError) -> FaultCode:
+    match failure:
+        case NoCapacity():
+            return "no_capacity"
+        case BadRequest():
+            return "bad_request"
+        case _:
+            return "engine"
+
+
+def _sampled_row(token: SampledToken) -> SampledRow:
+    if token.logprobs is None:
+        return SampledRow(token.token_id, None)
+    top = tuple((each.token_id, each.logprob) for each in token.logprobs.top)
+    return SampledRow(token.token_id, TokenReport(token.logprobs.chosen.logprob, top))

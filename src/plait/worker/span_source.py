@@ -7,8 +7,8 @@ each thread. The files are a whole checkpoint of this machine, or a folder that 
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -35,6 +35,7 @@ from plait.errors import BadSetup
 from plait.ids import PeerId
 from plait.units import format_bytes
 from plait.wire import ModelFile, ModelTold
+from plait.worker.engine_thread import EngineThread, RunStep
 from plait.worker.measure import KeptRates, MeasuredOn, measure_rates
 from plait.worker.weight_exchange import OfferedModel, WeightExchange
 from plait.worker.weight_folder import HeldFiles, WeightFolder
@@ -54,15 +55,12 @@ class StageProgress(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedSpan:
-    """A span that is ready to serve; `thread` is the one that its engine runs in."""
+    """A span that is ready to serve; `run_step` runs its engine's steps, `close` ends what runs them."""
 
     engine: SpanEngine
     rates: PeerRates
-    thread: ThreadPoolExecutor
-
-    def close(self) -> None:
-        """Let go of the thread; the memory goes with the last reference to the engine."""
-        self.thread.shutdown(wait=False)
+    run_step: RunStep
+    close: Callable[[], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +105,11 @@ class SpanSource:
     @property
     def model_blocks(self) -> int:
         return len(self.checkpoint.spec.blocks)
+
+    @property
+    def hidden_bytes(self) -> int:
+        """What one token's hidden state takes on a link, uncompressed."""
+        return 4 * self.checkpoint.spec.hidden
 
     @property
     def offer(self) -> OfferedModel:
@@ -177,15 +180,11 @@ class SpanSource:
                 lambda done, total: on_progress("fetching weights", done, total),
             )
         options = replace(self.options, kv_cache_bytes=kv_bytes)
-        thread = ThreadPoolExecutor(1, thread_name_prefix="plait-span")
-        try:
-            engine, rates = await asyncio.get_running_loop().run_in_executor(
-                thread, self._load_and_measure, options, blocks, on_progress
-            )
-        except BaseException:
-            thread.shutdown(wait=False, cancel_futures=True)
-            raise
-        return LoadedSpan(engine=engine, rates=rates, thread=thread)
+        async with AsyncExitStack() as stack:
+            thread = await stack.enter_async_context(EngineThread())
+            engine, rates = await thread.run(lambda: self._load_and_measure(options, blocks, on_progress))
+            stopping = stack.pop_all()
+        return LoadedSpan(engine=engine, rates=rates, run_step=thread.run, close=stopping.aclose)
 
     def _load_and_measure(
         self, options: EngineOptions, blocks: range, on_progress: StageProgress

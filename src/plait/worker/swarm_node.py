@@ -1,0 +1,197 @@
+"""A place in a swarm, with or without blocks to serve: the network, who else is there, and who hears what comes.
+
+Everything of a member stands on one of these: sessions, membership and weights share its links. It also makes the
+snapshots that decisions are made from.
+"""
+
+import asyncio
+import ipaddress
+import logging
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+
+from plait.cluster import SwarmView
+from plait.ids import PeerId
+from plait.transport import Carrier, Identity, Network, NetworkLimits, SwarmSecret, TicketPeer, TicketSecret
+from plait.wire import Message
+from plait.worker.membership import DEFAULT_LIMITS, Membership, MembershipLimits
+from plait.worker.weight_exchange import WEIGHT_MESSAGES, WeightExchange
+
+log = logging.getLogger(__name__)
+
+NETWORK_LIMITS = NetworkLimits()
+
+
+class Hearer(Protocol):
+    """Hears what peers say and which are lost; what does not concern it, it ignores."""
+
+    def on_message(self, peer: PeerId, message: Message, tensors: tuple[memoryview, ...]) -> None: ...
+
+    def on_lost(self, peer: PeerId, reason: str) -> None: ...
+
+
+class SwarmNode:
+    """One member's links, records and weights; enter it to be in the swarm, leave it to be gone.
+
+    `listen` are addresses to take links at, with their scheme; `advertise` are those that others are told, and none
+    means that what is bound is told, where it is of use to others. `introducers` are the members of a ticket.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        secret: SwarmSecret | TicketSecret,
+        carriers: dict[str, Carrier],
+        listen: Sequence[str],
+        advertise: Sequence[str] = (),
+        introducers: Sequence[TicketPeer] = (),
+        rng: np.random.Generator,
+        limits: NetworkLimits = NETWORK_LIMITS,
+        membership_limits: MembershipLimits = DEFAULT_LIMITS,
+        unix_now: Callable[[], float] = time.time,
+    ) -> None:
+        self.peer = identity.peer
+        self.introducers = tuple(introducers)
+        self.unix_now = unix_now
+        self.rng = rng
+        self.addresses: tuple[str, ...] = ()
+        """What others are told to dial; empty before it is entered, and where only its own dials reach others."""
+        self.network = Network(identity, secret=secret, carriers=carriers, limits=limits, unix_now=unix_now)
+        self.membership = Membership(
+            self.network,
+            identity,
+            rng=rng,
+            introducers=introducers,
+            limits=membership_limits,
+            unix_now=unix_now,
+        )
+        self.exchange = WeightExchange(self.network)
+        self._listen = tuple(listen)
+        self._advertise = tuple(advertise)
+        self._hearers: list[Hearer] = []
+        self._watchers: list[Callable[[], None]] = []
+        self._version = 0
+        self._stack = AsyncExitStack()
+        self.network.on_message = self._on_message
+        self.network.on_lost = self._on_lost
+        self.network.route(WEIGHT_MESSAGES, self.exchange.on_message)
+        self.membership.on_change = self._on_change
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self.network)
+            bound = [await self.network.listen(address) for address in self._listen]
+            self.addresses = self._advertise or tuple(
+                useful for address in bound for useful in self._useful(address)
+            )
+            await stack.enter_async_context(self.exchange)
+            await stack.enter_async_context(self.membership)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    def add_hearer(self, hearer: Hearer) -> None:
+        """Let something hear all messages that have no route of their own, and all losses, from now on."""
+        self._hearers.append(hearer)
+
+    def remove_hearer(self, hearer: Hearer) -> None:
+        self._hearers.remove(hearer)
+
+    def watch(self, on_change: Callable[[], None]) -> None:
+        """Have something called whenever what is known of the swarm's members changes."""
+        self._watchers.append(on_change)
+
+    def view(self, model: str, model_blocks: int, banned: frozenset[PeerId] = frozenset()) -> SwarmView:
+        """The swarm as it is seen from here now; round trips are those of this member's links."""
+        rtts_s = {
+            peer: estimate.rtt_s
+            for peer in self.network.connected()
+            if (estimate := self.network.estimate(peer)) is not None and estimate.rtt_s
+        }
+        return SwarmView.of(
+            self.membership.records(),
+            model=model,
+            model_blocks=model_blocks,
+            unix_now_s=self.unix_now(),
+            rtts_s=rtts_s,
+            banned=banned,
+            version=self._version,
+        )
+
+    async def introduced(self) -> PeerId:
+        """Wait until there is a link to a member of the ticket, and return it."""
+        asked = {introducer.peer for introducer in self.introducers}
+        while not (linked := sorted(asked & self.network.connected())):
+            await asyncio.sleep(0.02)
+        return linked[0]
+
+    def _on_message(self, peer: PeerId, message: Message, tensors: tuple[memoryview, ...]) -> None:
+        for hearer in self._hearers:
+            hearer.on_message(peer, message, tensors)
+
+    def _on_lost(self, peer: PeerId, reason: str) -> None:
+        self.exchange.on_lost(peer, reason)
+        for hearer in list(self._hearers):
+            hearer.on_lost(peer, reason)
+        self._changed()
+
+    def _on_change(self, peer: PeerId) -> None:
+        self._changed()
+
+    def _changed(self) -> None:
+        self._version += 1
+        for watcher in self._watchers:
+            watcher()
+
+    def _useful(self, address: str) -> tuple[str, ...]:
+        """What others should dial for a bound address: this host's own one for a wildcard, and no loopback address
+        where the members that introduced this one are on other machines."""
+        scheme, _, rest = address.partition("://")
+        host, _, port = rest.rpartition(":")
+        try:
+            bound = ipaddress.ip_address(host.strip("[]"))
+        except ValueError:
+            return (address,)  # a name, a path, a place in memory
+        if bound.is_unspecified:
+            return tuple(f"{scheme}://{own}:{port}" for own in own_addresses(bound.version))
+        if bound.is_loopback and not all(map(_is_loopback, self._introducer_addresses())):
+            return ()
+        return (address,)
+
+    def _introducer_addresses(self) -> list[str]:
+        return [address for introducer in self.introducers for address in introducer.addresses]
+
+
+def own_addresses(version: int) -> tuple[str, ...]:
+    """The address of this host that packets to other networks leave from, and the loopback one; nothing is sent."""
+    family, far, loopback = (
+        (socket.AF_INET, "192.0.2.1", "127.0.0.1")
+        if version == 4
+        else (socket.AF_INET6, "2001:db8::1", "[::1]")
+    )
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((far, 9))
+            own = str(probe.getsockname()[0])
+    except OSError:
+        return (loopback,)
+    return (f"[{own}]" if version == 6 else own,)
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.partition("://")[2].rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or not address.startswith(("tls://", "tcp://"))

@@ -28,8 +28,9 @@ class Submitted:
     forked: bool = False
     iterations: int = 0
     fed: bool = False
+    seen: int = 0
     asks: bool = True
-    """Whether it has something to compute; False between the pieces of what a fed request is given."""
+    """Whether it has something new to compute; False between the pieces of what a fed request is given."""
 
 
 class SimulatedEngine:
@@ -108,7 +109,8 @@ class SimulatedEngine:
         request = self.requests[request_id]
         request.token_ids[0][start:] = token_ids
         request.computed[0] = min(request.computed.get(0, 0), start)
-        request.asks = True
+        request.seen = min(request.seen, start)
+        request.asks = len(request.token_ids[0]) > request.seen
 
     def fork(self, request_id: RequestId, parents: tuple[int, ...]) -> None:
         """Fork here and there."""
@@ -148,8 +150,10 @@ class SimulatedEngine:
         self.scheduler.check()
         alive = [chunk for chunk in step.chunks if chunk.request_id in self.requests]
         for chunk in alive:
-            if self.requests[chunk.request_id].fed and chunk.samples:
-                self.requests[chunk.request_id].asks = False
+            request = self.requests[chunk.request_id]
+            if request.fed:
+                request.seen = max(request.seen, chunk.start + chunk.tokens)
+                request.asks = len(request.token_ids[0]) > request.seen
         for request_id in {chunk.request_id for chunk in alive}:
             self.requests[request_id].iterations += 1
         return [

@@ -51,6 +51,24 @@ def test_going_back_frees_blocks_and_computes_the_new_tokens_only() -> None:
     assert settle(engine) == [(one, 0, 2)]
 
 
+def test_going_back_without_new_tokens_leaves_nothing_to_do() -> None:
+    engine = SimulatedEngine(kv_blocks=8, block_tokens=4, watermark_fraction=0.0)
+    old, young = (engine.submit([], new_tokens=30, fed=True) for _ in range(2))
+    engine.feed(old, 0, [1] * 24)
+    settle(engine)
+    engine.feed(young, 0, [2] * 12)
+    assert settle(engine) == []
+    engine.feed(young, 5, [])
+    engine.feed(young, 0, [])
+    other = engine.submit([3])
+    assert engine.step().admitted == (other,), "who was taken back to nothing keeps nobody waiting"
+    engine.cancel(other)
+    engine.feed(old, 23, [])
+    assert settle(engine) == []
+    engine.feed(old, 23, [1])
+    assert settle(engine) == [(old, 23, 1)]
+
+
 def test_nothing_of_a_fed_request_is_found_by_others() -> None:
     engine = SimulatedEngine(block_tokens=4)
     one = engine.submit(list(range(16)), fed=True)
@@ -167,8 +185,9 @@ def feed_something(engine: SimulatedEngine, id: RequestId, rng: random.Random) -
     known = len(request.token_ids[0])
     start = known if rng.random() < 0.7 else rng.randint(0, known)
     room = request.max_sequence_tokens - start
-    if room:
-        engine.feed(id, start, [rng.randrange(2) for _ in range(rng.randint(1, room))])
+    engine.feed(id, start, [rng.randrange(2) for _ in range(rng.randint(min(1, room), room))])
+    if rng.random() < 0.1:
+        engine.feed(id, rng.randint(0, start), [])
 
 
 def test_the_earliest_of_all_always_advances() -> None:

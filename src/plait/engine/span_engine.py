@@ -179,11 +179,8 @@ class SpanEngine:
             NotFound: there is no such session, or no more.
             BadRequest: positions, ids, shapes or numbers that cannot be.
         """
-        live = self._sessions.get(id)
-        if live is None:
-            raise NotFound(f"no session {id!r} on blocks {_named(self.blocks)}; open it first")
-        known = self._scheduler.token_ids(RequestId(id), 0)
-        self._check_feed(live, len(known), start, token_ids, hidden)
+        live = self._session(id)
+        self._check_feed(live, self.known_tokens(id), start, token_ids, hidden)
         if not (0 <= sample_rows <= len(token_ids) and 0 <= draft_tokens <= max(0, sample_rows - 1)):
             raise BadRequest(
                 f"session {id!r}: {sample_rows} rows to sample and {draft_tokens} drafts among {len(token_ids)} "
@@ -194,9 +191,22 @@ class SpanEngine:
             return
         if hidden is not None:
             self._inputs.write(live.pages, start, hidden)
-        first = live.cut(start)
-        self._scheduler.extend(RequestId(id), first, [*known[first:start], *token_ids])
+        self._go_back(live, start, token_ids)
         live.feeds.append(Feed(start=start, end=end, sample_rows=sample_rows, draft_tokens=draft_tokens))
+        self._stalled = False
+
+    def rewind(self, id: SessionId, start: int) -> None:
+        """Forget a session's inputs from position `start` on; what of those before has not come out still will.
+
+        Raises:
+            NotFound: there is no such session, or no more.
+            BadRequest: fewer inputs are known.
+        """
+        live = self._session(id)
+        if not 0 <= start <= (known := self.known_tokens(id)):
+            raise BadRequest(f"session {id!r} cannot go back to position {start}: it knows {known} inputs")
+        self._go_back(live, start, ())
+        self._inputs.resize(live.pages, max(start, live.session.prompt_tokens))
         self._stalled = False
 
     def close(self, id: SessionId) -> None:
@@ -213,8 +223,7 @@ class SpanEngine:
         Raises:
             NotFound: there is no such session.
         """
-        if id not in self._sessions:
-            raise NotFound(f"no session {id!r} on blocks {_named(self.blocks)}")
+        self._session(id)
         return len(self._scheduler.token_ids(RequestId(id), 0))
 
     def take_failures(self) -> list[tuple[SessionId, ServingError]]:
@@ -386,6 +395,19 @@ class SpanEngine:
                 f"session {session.id!r}: hidden states must be {tokens} rows of {self.spec.hidden} finite numbers, "
                 f"not {tuple(hidden.shape)} of {hidden.dtype}"
             )
+
+    def _session(self, id: SessionId) -> LiveSession:
+        live = self._sessions.get(id)
+        if live is None:
+            raise NotFound(f"no session {id!r} on blocks {_named(self.blocks)}; open it first")
+        return live
+
+    def _go_back(self, live: LiveSession, start: int, token_ids: Sequence[int]) -> None:
+        """Replace what a session knows from position `start` on."""
+        request_id = RequestId(live.session.id)
+        known = self._scheduler.token_ids(request_id, 0)
+        first = live.cut(start)
+        self._scheduler.extend(request_id, first, [*known[first:start], *token_ids])
 
     def _make_room(self, live: LiveSession, tokens: int) -> bool:
         """Let a session keep so many inputs; False if it had to end because it is the latest of all."""

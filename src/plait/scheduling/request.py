@@ -36,6 +36,7 @@ class ScheduledSequence:
     `kv_blocks` is its block table: of the device pool while its request runs, of the host pool while that is
     swapped out, empty while it waits. Between steps it covers the computed tokens and not a block more.
     Only its last block may be partly filled. The blocks of a `private` one are never named for others to find.
+    `seen_tokens` is how many of its tokens were ever computed: preemption does not take that back.
     """
 
     __slots__ = (
@@ -47,6 +48,7 @@ class ScheduledSequence:
         "kv_blocks",
         "private",
         "published_blocks",
+        "seen_tokens",
         "token_ids",
     )
 
@@ -55,6 +57,7 @@ class ScheduledSequence:
         self.token_ids = token_ids
         self.private = private
         self.computed_tokens = 0
+        self.seen_tokens = 0
         self.kv_blocks: list[int] = []
         self.published_blocks = 0
         self.finished = False
@@ -76,6 +79,7 @@ class ScheduledSequence:
         """A sequence of the same tokens; its block table is the caller's to set."""
         child = ScheduledSequence(index, list(self.token_ids), self._root_key)
         child.computed_tokens = self.computed_tokens
+        child.seen_tokens = self.seen_tokens
         child.published_blocks = self.published_blocks
         child._block_keys = list(self._block_keys)
         return child
@@ -87,7 +91,7 @@ class ScheduledRequest:
     `order` decides who goes first and, from the other end, who is preempted: priority class, then
     arrival. `stem_tokens` is above 0 while a preempted group rebuilds: its first sequence recomputes the
     full blocks of the prompt, which the others then share again, as they did before. `reserve` are blocks
-    set aside at admission and not yet in a table. `resting`: it is fed, holds nothing to run and is in no queue.
+    set aside at admission and not yet in a table. `resting`: it is fed, has nothing new, and is in no queue.
     """
 
     __slots__ = (
@@ -134,6 +138,11 @@ class ScheduledRequest:
     def idle(self) -> bool:
         """Whether all that is known of it is computed, as of a fed request that waits for more."""
         return self.sole is not None and not self.sole.pending_tokens
+
+    @property
+    def has_news(self) -> bool:
+        """Whether something is known of it that never was computed."""
+        return any(len(sequence.token_ids) > sequence.seen_tokens for sequence in self.live)
 
     def set_sequences(self, sequences: list[ScheduledSequence]) -> None:
         """Replace the sequences; `live` are those not finished, `sole` is the only live one, if so."""

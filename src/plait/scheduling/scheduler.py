@@ -6,8 +6,8 @@ A request is waiting or running, and moves only in `schedule`:
                   ▲                     │
                   └──────preempted──────┘   blocks dropped (recompute) or copied to the host (swap)
 
-A fed request (`NewRequest.fed`) that has nothing to compute rests instead of waiting: before its first tokens, and
-when it was preempted while idle. `extend` gives it tokens, or others for the last of those it had, and lets it wait.
+A fed request (`NewRequest.fed`) of which nothing new is known rests instead of waiting: before its first tokens, and
+when it was preempted after its last. `extend` gives it tokens, or others for the last of those it had.
 
 The engine's loop is `schedule`, run the step, `complete`, then `append` (after `fork`, where sequences
 multiply) for each chunk that `samples`, and `finish` for those that are done. Steps do not overlap.
@@ -79,10 +79,7 @@ class Scheduler:
         scheduled = ScheduledRequest(request, self._arrivals)
         self._arrivals += 1
         self._requests[request.id] = scheduled
-        if scheduled.idle:
-            self._rest(scheduled)
-        else:
-            insort(self._waiting, scheduled, key=_order)
+        self._wait_or_rest(scheduled)
 
     def cancel(self, request_id: RequestId) -> None:
         """Forget a request and free all it holds; an unknown id is fine."""
@@ -121,26 +118,27 @@ class Scheduler:
         token_ids.append(token_id)
 
     def extend(self, request_id: RequestId, start: int, token_ids: Sequence[int]) -> None:
-        """Feed a request: its tokens from position `start` on are these, at least one, and no others.
+        """Feed a request: its tokens from position `start` on are these and no others.
 
         What it had from there on is forgotten, and the blocks that only held such tokens are free. Call it between
         steps.
         """
         request = self._requests[request_id]
         sequence = request.sole
-        assert request.fed and sequence is not None and self._step is None and token_ids
+        assert request.fed and sequence is not None and self._step is None
         known = sequence.token_ids
         assert 0 <= start <= len(known), f"{request_id!r}: fed at {start}, {len(known)} tokens are known"
         assert start + len(token_ids) <= request.max_sequence_tokens, f"{request_id!r} outgrew its maximum"
         known[start:] = token_ids
+        sequence.seen_tokens = min(sequence.seen_tokens, start)
         if start < sequence.computed_tokens:
             sequence.computed_tokens = start
             kept = self._pool.blocks_for(start)
             self._give_back(request, sequence.kv_blocks[kept:])
             del sequence.kv_blocks[kept:]
-        if request.resting:
+        if not request.running and request.resting == request.has_news:
             self._leave_queue(request)
-            self._join_queue(request, running=False)
+            self._wait_or_rest(request)
 
     def fork(self, request_id: RequestId, parents: Sequence[int]) -> None:
         """Replace the sequences of a running request: the new i-th one continues the old `parents[i]`-th.
@@ -202,6 +200,7 @@ class Scheduler:
             if sequence.finished:
                 continue
             sequence.computed_tokens = computed = chunk.start + chunk.tokens
+            sequence.seen_tokens = max(sequence.seen_tokens, computed)
             if (
                 publishes
                 and not sequence.private
@@ -259,12 +258,11 @@ class Scheduler:
             assert orders == sorted(set(orders)), "a queue is out of order"
             for request in queue:
                 assert request.running == running and self._requests[request.id] is request
-                assert not request.resting
+                assert not request.resting and (running or not request.fed or request.has_news)
                 self._check_request(request)
         for id, request in self._resting.items():
             assert request.fed and request.resting and self._requests[id] is request and not request.running
-            sole = request.sole
-            assert sole is not None and (not request.swapped or request.idle)
+            assert not request.has_news
             self._check_request(request)
         assert len(self._requests) == len(self._running) + len(self._waiting) + len(self._resting)
         assert self._running_sequences == sum(request.fan_out for request in self._running)
@@ -333,9 +331,13 @@ class Scheduler:
         if running:
             self._running_sequences += request.fan_out
 
-    def _rest(self, request: ScheduledRequest) -> None:
-        request.running, request.resting = False, True
-        self._resting[request.id] = request
+    def _wait_or_rest(self, request: ScheduledRequest) -> None:
+        """Put a request that does not run where it belongs; it waits only if that can bring something new."""
+        if request.fed and not request.has_news:
+            request.running, request.resting = False, True
+            self._resting[request.id] = request
+        else:
+            self._join_queue(request, running=False)
 
     def _release(self, request: ScheduledRequest, sequence: ScheduledSequence) -> None:
         """Empty a block table."""
@@ -368,10 +370,7 @@ class Scheduler:
         """Take the blocks of a request back; returns (device, host) pairs to copy."""
         request = victim.request
         self._leave_queue(request)
-        if request.fed and request.idle:
-            self._rest(request)
-        else:
-            self._join_queue(request, running=False)
+        self._wait_or_rest(request)
         self._preemptions_total += 1
         if not victim.swap:
             request.stem_tokens = 0

@@ -13,17 +13,17 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
 from plait.engine import Engine, EngineOptions, EngineStatus, Matcher, Tokenizer
 from plait.errors import BadSetup, EngineFailure, EngineLost, NotReady, ServingError
 from plait.ids import RequestId
-from plait.session import Constraint, GenerationRequest, RequestDelta, merge_deltas
+from plait.session import Constraint, GenerationRequest, RequestDelta
+from plait.worker.request_stream import RequestStream
 from plait.worker.tensor_parallel import load_divided
 
 EngineState = Literal["loading", "ready", "draining", "failed"]
@@ -53,35 +53,6 @@ class ServedModel:
     max_model_tokens: int
     tokenizer: Tokenizer
     created_unix_s: int
-
-
-@dataclass(slots=True)
-class _Stream:
-    """What the engine has sent for one request and its reader has not taken yet.
-
-    Bounded by the request itself: its deltas hold at most its own tokens.
-    """
-
-    items: deque[RequestDelta | ServingError] = field(default_factory=deque[RequestDelta | ServingError])
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def put(self, item: RequestDelta | ServingError) -> None:
-        self.items.append(item)
-        self.arrived.set()
-
-    async def take(self) -> RequestDelta | ServingError:
-        """What has arrived, waiting for something; a reader that fell behind gets its deltas as one."""
-        while not self.items:
-            self.arrived.clear()
-            await self.arrived.wait()
-        first = self.items.popleft()
-        if not self.items or isinstance(first, ServingError):
-            return first
-        deltas = [first]
-        while self.items and isinstance(following := self.items[0], RequestDelta):
-            deltas.append(following)
-            self.items.popleft()
-        return merge_deltas(deltas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +97,7 @@ class AsyncEngine:
         self._status = EngineStatus()
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._to_compile: queue.SimpleQueue[_ToCompile | None] = queue.SimpleQueue()
-        self._streams: dict[RequestId, _Stream] = {}
+        self._streams: dict[RequestId, RequestStream] = {}
         self._idle: asyncio.Event = asyncio.Event()
         self._idle.set()
         self._settled: asyncio.Event = asyncio.Event()
@@ -159,7 +130,7 @@ class AsyncEngine:
             NotReady: it is still loading, or could not be loaded.
         """
         if self._model is None:
-            raise self._not_ready()
+            raise not_ready(self.state, self.failure)
         return self._model
 
     async def wait_settled(self) -> EngineState:
@@ -181,10 +152,10 @@ class AsyncEngine:
             EngineFailure: the engine broke while it ran the request.
         """
         if self.state != "ready":
-            raise self._not_ready()
+            raise not_ready(self.state, self.failure)
         if request.id in self._streams:
             raise EngineFailure(f"request id {request.id!r} is already running")
-        stream = self._streams[request.id] = _Stream()
+        stream = self._streams[request.id] = RequestStream()
         self._idle.clear()
         finished = True
         try:
@@ -221,14 +192,6 @@ class AsyncEngine:
         except TimeoutError:
             return False
         return True
-
-    def _not_ready(self) -> ServingError:
-        if self.state == "failed":
-            reason = self.failure.message if self.failure else "it stopped"
-            return NotReady(f"the engine has failed: {reason}", retry_after_s=60.0)
-        if self.state == "draining":
-            return NotReady("the server is shutting down and takes no new requests", retry_after_s=RETRY_S)
-        return NotReady("the model is still loading", retry_after_s=RETRY_S)
 
     def _deliver(self, sent: _Sent) -> None:
         for id, item in sent:
@@ -367,6 +330,16 @@ class AsyncEngine:
         except RuntimeError:
             # The event loop is closed: nobody is left to be told.
             log.debug("event loop is closed")
+
+
+def not_ready(state: EngineState, failure: ServingError | None) -> NotReady:
+    """Why an engine in this state takes no request."""
+    if state == "failed":
+        reason = failure.message if failure else "it stopped"
+        return NotReady(f"the engine has failed: {reason}", retry_after_s=60.0)
+    if state == "draining":
+        return NotReady("the server is shutting down and takes no new requests", retry_after_s=RETRY_S)
+    return NotReady("the model is still loading", retry_after_s=RETRY_S)
 
 
 def _described(error: Exception) -> str:

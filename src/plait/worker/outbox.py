@@ -31,9 +31,11 @@ class Outbox:
         if peer not in self._tasks:
             self._tasks[peer] = asyncio.get_running_loop().create_task(self._send_all(peer))
 
-    async def close(self) -> None:
-        """Drop what has not been sent."""
+    async def close(self, flush_s: float = 1.0) -> None:
+        """Drop what is not sent after a moment."""
         tasks = list(self._tasks.values())
+        if tasks:
+            await asyncio.wait(tasks, timeout=flush_s)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,92 @@
+"""The swarm as one member sees it, kept ready for decisions: records, round trips from here, whom to avoid."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from plait.cluster import Bans, PeerRecord, SwarmView
+from plait.ids import PeerId
+from plait.transport import Network
+
+_REFRESH_S = 1.0
+_RTT_CHANGE = 0.2
+"""A round trip that differs by less leaves the view as it is, so that routes worked out for it still hold."""
+
+
+class Lookout:
+    """Makes the `SwarmView` of one model; `records` gives all records that hold now.
+
+    Times of bans are those of the running event loop.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        records: Callable[[], Sequence[PeerRecord]],
+        *,
+        model: str,
+        model_blocks: int,
+        unix_now: Callable[[], float] = time.time,
+    ) -> None:
+        self.model = model
+        self.model_blocks = model_blocks
+        self._network = network
+        self._records = records
+        self._unix_now = unix_now
+        self._bans = Bans()
+        self._view: SwarmView | None = None
+        self._stale = True
+        self._seen_s = 0.0
+
+    def changed(self) -> None:
+        """Records have come, gone or changed."""
+        self._stale = True
+
+    def ban(self, peer: PeerId) -> None:
+        """Avoid a peer that failed: for longer each time."""
+        self._bans = self._bans.after_failure(peer, asyncio.get_running_loop().time())
+        self._stale = True
+
+    def trust(self, peer: PeerId) -> None:
+        """A peer has done what it should."""
+        bans = self._bans.after_success(peer)
+        if bans is not self._bans:
+            self._bans = bans
+            self._stale = True
+
+    def view(self) -> SwarmView:
+        """The swarm now; the same object, with the same version, while nothing has changed that matters."""
+        now_s = asyncio.get_running_loop().time()
+        if self._view is not None and not self._stale and now_s - self._seen_s < _REFRESH_S:
+            return self._view
+        self._stale, self._seen_s = False, now_s
+        records = self._records()
+        rtts_s = {
+            record.peer: estimate.rtt_s
+            for record in records
+            if (estimate := self._network.estimate(record.peer)) is not None and estimate.rtt_s
+        }
+        old = self._view
+        new = SwarmView.of(
+            records,
+            model=self.model,
+            model_blocks=self.model_blocks,
+            unix_now_s=self._unix_now(),
+            rtts_s=rtts_s,
+            banned=self._bans.banned(now_s),
+            version=1 if old is None else old.version + 1,
+        )
+        if old is None or not _same(old, new):
+            self._view = new
+        assert self._view is not None
+        return self._view
+
+
+def _same(old: SwarmView, new: SwarmView) -> bool:
+    return old.records == new.records and old.banned == new.banned and _near(old.rtts_s, new.rtts_s)
+
+
+def _near(old: Mapping[PeerId, float], new: Mapping[PeerId, float]) -> bool:
+    return old.keys() == new.keys() and all(
+        abs(rtt_s - old[peer]) <= _RTT_CHANGE * old[peer] for peer, rtt_s in new.items()
+    )

@@ -2,6 +2,7 @@
 
 peer_record.py   what a peer says of itself: span, rates, load, addresses
 swarm_view.py    the swarm as one member sees it at one moment: the input of every decision
+synthetic.py     swarms drawn at random
 bans.py          which peers are avoided after a failure, and for how long
 """
 
@@ -15,6 +16,7 @@ from plait.cluster.peer_record import (
     check_peer_id,
 )
 from plait.cluster.swarm_view import SwarmView, format_blocks
+from plait.cluster.synthetic import peer_id_of_name, random_swarm
 
 __all__ = [
     "Ban",
@@ -27,4 +29,6 @@ __all__ = [
     "SwarmView",
     "check_peer_id",
     "format_blocks",
+    "peer_id_of_name",
+    "random_swarm",
 ]

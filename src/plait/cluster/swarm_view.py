@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from plait.cluster.peer_record import PeerRecord
+from plait.errors import BadRequest
 from plait.ids import PeerId
 
 
@@ -67,6 +68,25 @@ class SwarmView:
             if record.state == "online" and record.first_block <= block < record.end_block
         )
         return tuple(record for record in online if record.peer not in self.banned) or online
+
+    def find(self, text: str) -> PeerId:
+        """The peer with this id, this name, or an id that begins so (four digits at least).
+
+        Raises:
+            BadRequest: none or several are meant.
+        """
+        if text in self.records:
+            return PeerId(text)
+        found = [peer for peer, record in self.records.items() if record.name == text] or [
+            peer for peer in self.records if len(text) >= 4 and peer.startswith(text)
+        ]
+        if len(found) != 1:
+            raise BadRequest(
+                f"{text!r} names {len(found) or 'no'} peer{'s' if found else ''} of the {len(self.records)} known; "
+                "give an id, a name, or the beginning of an id",
+                param="route",
+            )
+        return found[0]
 
     def missing_blocks(self, blocks: range) -> tuple[int, ...]:
         """Those of `blocks` that no online peer serves, in order."""

@@ -1,0 +1,67 @@
+"""Which chain of peers serves a request: one `choose_chain`, six modes.
+
+chain.py         hops, chains, fronts, what a choice returns; a front's members that avoid a peer
+wish.py          what a request asks of its route
+choose.py        the choice; `Router` (router.py) keeps graphs and fronts from one choice to the next
+graph.py         the swarm as numbers: servers, boundaries, links
+costs.py         what a hop costs: PETALS' model exactly, and more; objectives.py names them
+sweep.py         shortest chains: modes `latency` and, on the costs of load.py, `load`
+front_search.py  mode `exact`: the whole front by label setting
+evolution.py     mode `tradeoff`: NSGA-II and NSGA-III, on operators.py and seeds.py
+random_walk.py   mode `throughput`;  pinned.py  mode `pinned`
+joint.py         chains for several sessions at once
+picks.py         which point of a front;  pareto.py  dominance and hypervolume;  path_values.py  costs of given paths
+"""
+
+from plait.routing.chain import (
+    Chain,
+    Front,
+    FrontMember,
+    Hop,
+    Routed,
+    RouteMode,
+    alternatives,
+    check_chain,
+)
+from plait.routing.choose import choose_chain
+from plait.routing.objectives import LATENCY_AND_THROUGHPUT, NETWORK_AND_COMPUTE, ObjectiveName
+from plait.routing.pareto import hypervolume, nondominated, normalised_hypervolume
+from plait.routing.picks import (
+    Balanced,
+    Budget,
+    LatencyFirst,
+    Pick,
+    Sampled,
+    ThroughputFirst,
+    parse_pick,
+)
+from plait.routing.router import Router
+from plait.routing.wish import RouteWish, wish_of_fields
+
+__all__ = [
+    "LATENCY_AND_THROUGHPUT",
+    "NETWORK_AND_COMPUTE",
+    "Balanced",
+    "Budget",
+    "Chain",
+    "Front",
+    "FrontMember",
+    "Hop",
+    "LatencyFirst",
+    "ObjectiveName",
+    "Pick",
+    "RouteMode",
+    "RouteWish",
+    "Routed",
+    "Router",
+    "Sampled",
+    "ThroughputFirst",
+    "alternatives",
+    "check_chain",
+    "choose_chain",
+    "hypervolume",
+    "nondominated",
+    "normalised_hypervolume",
+    "parse_pick",
+    "wish_of_fields",
+]

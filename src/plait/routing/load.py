@@ -1,0 +1,155 @@
+"""Mode `load`: least expected time of a decoding round, with the sessions that the peers announce.
+
+PETALS' model knows neither batching nor other sessions, and returns every token to the client. Ours counts what our
+data path does: each hop batches whoever is there, hops hand over to each other directly, and the last hop hands the
+token to the first.
+
+**A server with S other sessions.** Its forward pass with m tokens takes t(m) = n (c0 + c1 m) for n blocks: c0 for
+reading the weights, c1 for each row, from the announced rates (1 / decode rate = c0 + c1, 1 / saturated rate = c1).
+A session comes back to it after the rest of its round, Z. While a pass runs, each of the S arrives with the share t
+/ (Z + t) of its round, so passes carry m = S t(m) / (Z + t(m)) tokens of others: a quadratic, whose root is S where
+links are short and small where Z is long. A token that arrives waits for half a pass if one is running (m >= 1:
+always; else with probability m), then runs with the m that arrived beside it. Z is estimated once for the swarm:
+the best round that there is without any load.
+
+**Clients that choose at once** see the same announcements. If each took the best chain, all would take the same, and
+the announcements that follow would send all of them elsewhere (Mitzenmacher, "How useful is old information?", 2000:
+with stale loads, choosing the least loaded is worse than choosing at random). So the choice is among chains whose
+expected rounds are close: every server's expected time is multiplied by a log-normal factor before the search, which
+costs a lone client a few per cent and spreads a crowd.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from plait.ids import PeerId
+from plait.routing.costs import CACHE_PENALTY_S, SumCost, cache_is_short, seconds_per_block
+from plait.routing.graph import ChainGraph, Floats, delays_s
+from plait.routing.path_values import PathValues
+from plait.routing.sweep import Path, edges, shortest_path, ways_to_go
+
+HOP_OVERHEAD_S = 0.0005  # framing, encryption and wake-ups of a hop of ours
+SPREAD = 0.1  # standard deviation of the logarithm of the random factor: bench/routing_load.py
+BACKLOG_STEPS = 128  # a prompt that waits now delays one step of an answer of about this length
+MAX_FIRST_HOPS = 12  # sweeps for closed rounds; their bounds nearly always end the search sooner
+
+
+def least_loaded_round(
+    graph: ChainGraph,
+    *,
+    need_tokens: int,
+    unannounced: Mapping[PeerId, int],
+    closed: bool,
+    rng: np.random.Generator,
+    spread: float = SPREAD,
+) -> tuple[float, Path]:
+    """A chain with about the least expected round, and its expected round.
+
+    `unannounced`: sessions that peers have, and do not announce yet. `closed`: the last hop hands its token to the
+    first, else to whoever drives the chain.
+    """
+    nobody = np.zeros(graph.servers)
+    announced = np.array(
+        [record.load.sessions + unannounced.get(record.peer, 0) for record in graph.records], dtype=np.float64
+    )
+    closing_s = _closing_delays_s(graph) if closed else None
+    idle_s, _ = _shortest_round(graph, load_cost(graph, need_tokens, nobody, round_s=1.0), closing_s)
+    cost = load_cost(graph, need_tokens, announced, round_s=idle_s)
+    factor = rng.lognormal(0.0, spread, graph.servers)
+    _, path = _shortest_round(
+        graph, replace(cost, arrive=cost.arrive * factor, per_block=cost.per_block * factor), closing_s
+    )
+    return _round_s(graph, cost, path, closing_s), path
+
+
+def load_cost(graph: ChainGraph, need_tokens: int, sessions: Floats, *, round_s: float) -> SumCost:
+    """Expected seconds of the hops of a round, where each server has `sessions` others; `round_s` is Z.
+
+    A server whose free cache is too small costs PETALS' penalty more.
+    """
+    records = graph.records
+    alone_s = seconds_per_block(graph)
+    # Where nobody measured it, a batch is taken to gain nothing.
+    row_s = np.minimum(
+        _inverse([record.rates.saturated_decode_tokens_per_s for record in records], np.inf), alone_s
+    )
+    pass_s = alone_s - row_s
+    blocks = graph.span_blocks.astype(np.float64)
+    others = _tokens_of_others(sessions, blocks * pass_s, blocks * row_s, round_s)
+    running_s = blocks * (pass_s + row_s * np.maximum(others, 1.0))
+    wait_s = np.minimum(others, 1.0) * running_s / 2
+    queued = np.array([record.load.queued_tokens for record in records])
+    backlog_s = queued * blocks * _inverse([record.rates.prefill_tokens_per_s for record in records], 0.0)
+    transfer_s = _inverse([record.rates.network_tokens_per_s for record in records], 0.0)
+    return SumCost(
+        delay_weight=1.0,
+        entry=graph.entry_delay_s,
+        arrive=HOP_OVERHEAD_S
+        + transfer_s
+        + wait_s
+        + backlog_s / BACKLOG_STEPS
+        + CACHE_PENALTY_S * cache_is_short(graph, need_tokens),
+        per_block=pass_s + row_s * (1 + others),
+        exit=graph.exit_delay_s,
+    )
+
+
+def _inverse(rates: Sequence[float], unknown: float) -> Floats:
+    return np.array([1 / rate if rate > 0 else unknown for rate in rates])
+
+
+def _tokens_of_others(sessions: Floats, pass_s: Floats, row_s: Floats, round_s: float) -> Floats:
+    """The positive root m of m (Z + t(m)) = S t(m), t(m) = pass_s + row_s m: [servers]."""
+    linear = round_s + pass_s - sessions * row_s
+    constant = sessions * pass_s
+    root = np.sqrt(linear**2 + 4 * row_s * constant)
+    # Of the two forms of the root, the one that does not subtract near-equals.
+    return np.where(
+        linear > 0, 2 * constant / np.maximum(linear + root, 1e-300), (root - linear) / (2 * row_s)
+    )
+
+
+def _closing_delays_s(graph: ChainGraph) -> Floats:
+    """One way from last hops to first hops, [leaving, entering]; nothing from a server to itself."""
+    leaving = range(graph.leaving.start, graph.leaving.stop)
+    closing_s = delays_s(
+        [graph.records[server] for server in leaving],
+        [graph.records[int(server)] for server in graph.entering],
+        graph.either_way,
+    )
+    closing_s[np.array(leaving)[:, None] == graph.entering] = 0.0
+    return closing_s
+
+
+def _shortest_round(graph: ChainGraph, cost: SumCost, closing_s: Floats | None) -> tuple[float, Path]:
+    """The chain of least cost; a closed round costs the way from its last hop to its first, not those to the driver.
+
+    Closed rounds are searched for from one first hop after the other, the most promising first, until the bounds of
+    the rest (each one's least way to go, if the last hop were free to choose whom to hand its token) are no better.
+    """
+    laid = edges(graph, cost)
+    if closing_s is None:
+        return shortest_path(graph, laid)
+    entering = laid.entering - cost.entry[graph.entering]
+    open_rounds = replace(laid, entering=entering, leaving=closing_s.min(axis=1))
+    bounds = entering + ways_to_go(graph, open_rounds, ()).measure[graph.entering]
+    best: tuple[float, Path] = (np.inf, ())
+    for first in np.argsort(bounds, kind="stable")[:MAX_FIRST_HOPS]:
+        if bounds[first] >= best[0]:
+            break
+        alone = np.full(len(entering), np.inf)
+        alone[first] = entering[first]
+        found = shortest_path(graph, replace(laid, entering=alone, leaving=closing_s[:, first]))
+        best = min(best, found)
+    return best
+
+
+def _round_s(graph: ChainGraph, cost: SumCost, path: Path, closing_s: Floats | None) -> float:
+    total = float(PathValues(graph).values([cost], [path])[0, 0])
+    if closing_s is None:
+        return total
+    first = int(np.searchsorted(graph.entering, path[0]))
+    last = path[-1] - graph.leaving.start
+    return total - float(cost.entry[path[0]] + cost.exit[path[-1]]) + float(closing_s[last, first])

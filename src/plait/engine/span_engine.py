@@ -40,6 +40,7 @@ from plait.engine.span_inputs import SpanInputs
 from plait.engine.span_sampling import sample_due
 from plait.engine.span_session import Answer, DueRows, Feed, Language, LiveSession, SpanOutput, SpanSession
 from plait.engine.step import SequenceChunk
+from plait.engine.stored import all_finite
 from plait.engine.tokenizer import Tokenizer
 from plait.errors import BadRequest, EngineFailure, NoCapacity, NotFound, ServingError
 from plait.ids import RequestId, SessionId
@@ -389,7 +390,7 @@ class SpanEngine:
         if hidden is not None and (
             hidden.shape != (tokens, self.spec.hidden)
             or not hidden.is_floating_point()
-            or not torch.isfinite(hidden).all()
+            or not all_finite(hidden)
         ):
             raise BadRequest(
                 f"session {session.id!r}: hidden states must be {tokens} rows of {self.spec.hidden} finite numbers, "
@@ -477,7 +478,7 @@ class SpanEngine:
         live = ran.live
         if live.session.id not in self._sessions:
             return []
-        if hidden is not None and not torch.isfinite(hidden).all():
+        if hidden is not None and not all_finite(hidden):
             where = self._decoder.non_finite() or f"blocks {_named(self.blocks)}"
             failure = f"session {live.session.id!r}: activations stopped being finite in {where}"
             self._fail(live, EngineFailure(failure))

@@ -125,7 +125,6 @@ class _Accepted(asyncio.BufferedProtocol):
         self._protocol_of = protocol_of
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
         name: object = transport.get_extra_info("peername")
         if isinstance(name, tuple):
             host, port = cast("tuple[str, int]", name[:2])

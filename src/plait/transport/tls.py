@@ -80,8 +80,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
     # -- the protocol of the transport below ---------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._lower = transport
+        self._lower = cast(asyncio.Transport, transport)  # uvloop's are not subclasses
         self._link.attach(self)
         self._advance()
 

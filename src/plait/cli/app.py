@@ -16,6 +16,7 @@ from plait.cli.chat import chat
 from plait.cli.demo import demo
 from plait.cli.doctor import doctor
 from plait.cli.generate import generate
+from plait.cli.join import join
 from plait.cli.keys import token
 from plait.cli.models import models, pull
 from plait.cli.serve import serve
@@ -50,7 +51,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 it failed, 2 the command or this machine is not set up for it.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (serve, chat, generate, demo, models, pull, cache, doctor):
+for _command in (serve, join, chat, generate, demo, models, pull, cache, doctor):
     app.command()(_command)
 app.add_typer(bench, name="bench")
 app.add_typer(token, name="token")

@@ -1,5 +1,8 @@
 """From the tree to the plain options of the packages, with nothing left to decide."""
 
+from dataclasses import replace
+from pathlib import Path
+
 from plait.engine import BytesProgress, EngineOptions, TensorParallel, Wishes, decide_options, resolve_model
 from plait.errors import BadSetup
 from plait.gateway import GatewayOptions, hash_api_key
@@ -13,9 +16,16 @@ def engine_options(settings: Settings, *, on_download: BytesProgress | None = No
     Raises:
         BadSetup: model, machine and settings do not fit together.
     """
+    folder = resolve_model(settings.model.name, offline=settings.model.offline, on_progress=on_download)
+    options = replace(undecided_options(settings, folder), tensor_parallel=tensor_parallel_options(settings))
+    return decide_options(options, wishes(settings))
+
+
+def undecided_options(settings: Settings, folder: Path) -> EngineOptions:
+    """What the settings say of an engine for the model in a folder, without what `wishes` leave open."""
     model, kvcache, scheduling = settings.model, settings.kvcache, settings.scheduling
-    options = EngineOptions(
-        folder=resolve_model(model.name, offline=model.offline, on_progress=on_download),
+    return EngineOptions(
+        folder=folder,
         chat_template=str(model.chat_template) if model.chat_template else None,
         packed_cache=model.packed_cache,
         max_model_tokens=model.max_tokens,
@@ -33,17 +43,19 @@ def engine_options(settings: Settings, *, on_download: BytesProgress | None = No
         prefix_caching=kvcache.prefix_caching,
         seed=settings.engine.seed,
         threads=settings.engine.threads,
-        tensor_parallel=tensor_parallel_options(settings),
     )
-    wishes = Wishes(
+
+
+def wishes(settings: Settings) -> Wishes:
+    """What the settings leave to the machine and the model."""
+    return Wishes(
         device=settings.engine.device,
-        dtype=model.dtype,
-        quantization=model.quantization,
-        kv_cache_dtype=kvcache.dtype,
-        kv_cache_bytes=kvcache.memory,
-        gpu_memory_fraction=kvcache.gpu_memory_fraction,
+        dtype=settings.model.dtype,
+        quantization=settings.model.quantization,
+        kv_cache_dtype=settings.kvcache.dtype,
+        kv_cache_bytes=settings.kvcache.memory,
+        gpu_memory_fraction=settings.kvcache.gpu_memory_fraction,
     )
-    return decide_options(options, wishes)
 
 
 def tensor_parallel_options(settings: Settings) -> TensorParallel:

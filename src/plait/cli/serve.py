@@ -1,19 +1,27 @@
 """`plait serve`: one model behind HTTP until it is told to stop."""
 
+import json as jsonlib
 import os
+from typing import TYPE_CHECKING
 
 from plait import __version__
 from plait.cli.flags import with_settings
 from plait.cli.keys import default_key_store
 from plait.cli.serving import Listener, is_loopback, listen, run_async, run_server
-from plait.cli.terminal import say
+from plait.cli.terminal import JsonFlag, say
 from plait.errors import BadSetup
 from plait.settings import Settings
 
+if TYPE_CHECKING:
+    from plait.worker import SwarmGateway
+
 
 @with_settings()
-def serve(*, settings: Settings) -> None:
-    """Serve a model to OpenAI and Anthropic clients, with a web page."""
+def serve(json: JsonFlag = False, *, settings: Settings) -> None:
+    """Serve a model to OpenAI and Anthropic clients, with a web page.
+
+    With --swarm other machines can join it (`plait join`) and serve blocks of the model.
+    """
     if settings.engine.tensor_parallel_rank:
         take_part(settings)
         return
@@ -27,14 +35,50 @@ def serve(*, settings: Settings) -> None:
         )
     listener = listen(host, settings.server.port)
     names = settings.model.served_names or (settings.model.name,)
-    say(f"plait {__version__} is starting {names[0]} (process {os.getpid()})")
-    print_addresses(listener, has_keys=has_keys)
+    if json:
+        say_event("listening", base_url=listener.base_url, model=names[0], process=os.getpid())
+    else:
+        say(f"plait {__version__} is starting {names[0]} (process {os.getpid()})")
+        print_addresses(listener, has_keys=has_keys)
+
+    def on_swarm(swarm: "SwarmGateway") -> None:
+        ticket = swarm.ticket()
+        if json:
+            say_event(
+                "swarm", ticket=ticket, join=f"plait join {ticket}", addresses=list(swarm.node.addresses)
+            )
+        else:
+            print_ticket(ticket, swarm.node.addresses)
 
     async def on_ready() -> None:
-        say(f"ready: {listener.origin}/ answers; Ctrl-C stops")
+        if json:
+            say_event("ready")
+        else:
+            say(f"ready: {listener.origin}/ answers; Ctrl-C stops")
 
-    run_async(run_server(settings, listener, api_key_hashes=key_hashes, on_ready=on_ready))
-    say("stopped")
+    run_async(run_server(settings, listener, api_key_hashes=key_hashes, on_swarm=on_swarm, on_ready=on_ready))
+    if json:
+        say_event("stopped")
+    else:
+        say("stopped")
+
+
+def say_event(event: str, **fields: object) -> None:
+    """One line of JSON: a server says several things in its life."""
+    say(jsonlib.dumps({"event": event, **fields}))
+
+
+def print_ticket(ticket: str, addresses: tuple[str, ...]) -> None:
+    """How other machines come in."""
+    from plait.cli.swarm_setup import reaches_beyond
+
+    say("  other machines join with this line (keep it as you would a password):")
+    say()
+    say(f"  plait join {ticket}")
+    say()
+    if not reaches_beyond(addresses):
+        say("  as it is, only processes of this machine: --swarm-listen 0.0.0.0:7000 lets others reach it")
+        say()
 
 
 def take_part(settings: Settings) -> None:

@@ -26,7 +26,7 @@ from plait.units import format_s
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from plait.worker import AsyncEngine
+    from plait.worker import AsyncEngine, SwarmEngine, SwarmGateway
 
 # How often the progress of loading is looked at.
 LOOK_S = 0.1
@@ -94,11 +94,13 @@ async def serve_until(
     listener: Listener,
     *,
     api_key_hashes: tuple[str, ...] = (),
+    on_swarm: "Callable[[SwarmGateway], None]" = lambda swarm: None,
     on_ready: Callable[[], Awaitable[None]],
 ) -> None:
     """Load the model and serve it until `stopped`; `on_ready` runs once it can serve.
 
-    A stop while the model is loading ends the process: there is nothing to lose yet.
+    With `server.swarm` set, `on_swarm` is called as soon as machines can join. A stop while the model is loading ends
+    the process: there is nothing to lose yet.
 
     Raises:
         BadSetup: the model cannot be loaded.
@@ -108,24 +110,48 @@ async def serve_until(
     from plait.gateway import create_app
     from plait.worker import AsyncEngine, LoadProgress
 
+    options = gateway_options(settings, api_key_hashes=api_key_hashes)
+    if settings.server.swarm:
+        from plait.cli.swarm_setup import make_gateway, take_seat
+
+        with take_seat(settings) as seat:
+            swarm = make_gateway(settings, seat)
+            async with _http_server(create_app(swarm.engine, options, desk=swarm), listener), swarm:
+                on_swarm(swarm)
+
+                async def on_covered() -> None:
+                    await swarm.wait_covered()
+                    await on_ready()
+
+                await _serve_engine(stopped, settings, swarm.engine, on_covered)
+                await swarm.leave()
+        return
     engine = AsyncEngine(
         lambda on_progress: engine_options(
             settings, on_download=lambda done, total: on_progress(LoadProgress("downloading", done, total))
         ),
         names=served_names(settings),
     )
-    app = create_app(engine, gateway_options(settings, api_key_hashes=api_key_hashes))
     # Leaving the engine ends what still runs with an error that says so, which the server then sends.
-    async with _http_server(app, listener), engine:
-        await _first_of(stopped.wait(), _show_loading(engine))
-        if engine.state == "loading":
-            _end_process(0)
-        if engine.state == "ready":
-            await _first_of(stopped.wait(), _failed(engine), _then_for_ever(on_ready()))
-        if engine.state == "failed":
-            raise engine.failure or EngineFailure("the engine stopped; start the server again")
-        if not await engine.drain(settings.server.drain_timeout_s):
-            note(f"requests still running after {format_s(settings.server.drain_timeout_s)} were ended")
+    async with _http_server(create_app(engine, options), listener), engine:
+        await _serve_engine(stopped, settings, engine, on_ready)
+
+
+async def _serve_engine(
+    stopped: asyncio.Event,
+    settings: Settings,
+    engine: "AsyncEngine | SwarmEngine",
+    on_ready: Callable[[], Awaitable[None]],
+) -> None:
+    await _first_of(stopped.wait(), _show_loading(engine))
+    if engine.state == "loading":
+        _end_process(0)
+    if engine.state == "ready":
+        await _first_of(stopped.wait(), _failed(engine), _then_for_ever(on_ready()))
+    if engine.state == "failed":
+        raise engine.failure or EngineFailure("the engine stopped; start the server again")
+    if not await engine.drain(settings.server.drain_timeout_s):
+        note(f"requests still running after {format_s(settings.server.drain_timeout_s)} were ended")
 
 
 async def run_server(
@@ -133,6 +159,7 @@ async def run_server(
     listener: Listener,
     *,
     api_key_hashes: tuple[str, ...] = (),
+    on_swarm: "Callable[[SwarmGateway], None]" = lambda swarm: None,
     on_ready: Callable[[], Awaitable[None]],
 ) -> None:
     """`serve_until` SIGINT or SIGTERM; a second one ends the process at once."""
@@ -151,7 +178,9 @@ async def run_server(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal, number)
-    await serve_until(stopped, settings, listener, api_key_hashes=api_key_hashes, on_ready=on_ready)
+    await serve_until(
+        stopped, settings, listener, api_key_hashes=api_key_hashes, on_swarm=on_swarm, on_ready=on_ready
+    )
 
 
 @contextmanager
@@ -239,7 +268,7 @@ async def _http_server(app: "FastAPI", listener: Listener) -> AsyncGenerator[Non
         await serving
 
 
-async def _show_loading(engine: "AsyncEngine") -> None:
+async def _show_loading(engine: "AsyncEngine | SwarmEngine") -> None:
     with bytes_bar() as show:
         while engine.state == "loading":
             progress = engine.load_progress
@@ -247,7 +276,7 @@ async def _show_loading(engine: "AsyncEngine") -> None:
             await asyncio.sleep(LOOK_S)
 
 
-async def _failed(engine: "AsyncEngine") -> None:
+async def _failed(engine: "AsyncEngine | SwarmEngine") -> None:
     while engine.state != "failed":
         await asyncio.sleep(LOOK_S)
 

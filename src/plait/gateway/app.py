@@ -20,7 +20,7 @@ from plait.gateway.options import GatewayOptions
 from plait.gateway.page_files import PAGE_FOLDER, page_paths, page_router
 from plait.gateway.swarm_desk import SwarmDesk
 from plait.metrics import ServingMetrics
-from plait.worker import AsyncEngine
+from plait.worker import AsyncEngine, SwarmEngine
 
 _OPEN_PATHS = frozenset({"/health", "/healthz", "/readyz", "/favicon.ico"})
 
@@ -29,7 +29,7 @@ _ERROR_DIALECTS: tuple[tuple[str, ErrorDialect], ...] = (("/v1/messages", anthro
 
 
 def create_app(
-    engine: AsyncEngine, options: GatewayOptions | None = None, *, desk: SwarmDesk | None = None
+    engine: AsyncEngine | SwarmEngine, options: GatewayOptions | None = None, *, desk: SwarmDesk | None = None
 ) -> FastAPI:
     """The app that serves an engine, which someone else starts and stops; `desk` is for the gateway of a swarm."""
     options = options or GatewayOptions()

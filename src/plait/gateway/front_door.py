@@ -14,14 +14,14 @@ from plait.gateway.options import GatewayOptions
 from plait.gateway.swarm_desk import SwarmDesk
 from plait.metrics import ServingMetrics
 from plait.session import GenerationRequest, RequestDelta, RouteAsk
-from plait.worker import AsyncEngine, ServedModel
+from plait.worker import AsyncEngine, ServedModel, SwarmEngine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontDoor:
     """The way from a handler to the engine."""
 
-    engine: AsyncEngine
+    engine: AsyncEngine | SwarmEngine
     options: GatewayOptions
     metrics: ServingMetrics
     started_unix_s: int

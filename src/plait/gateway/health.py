@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client.exposition import choose_encoder
 
 from plait import __version__
+from plait.cluster import format_blocks
 from plait.gateway.errors import http_reply, openai_body
 from plait.gateway.front_door import Door, FrontDoor
 from plait.gateway.json_body import JsonRoute
@@ -19,6 +20,7 @@ router = APIRouter(route_class=JsonRoute, tags=["operation"])
 _RETRY_AFTER_S = 2
 
 _MESSAGES: dict[EngineState, str] = {
+    "ready": "Ready",
     "loading": "Loading model",
     "draining": "Shutting down",
     "failed": "Engine failed",
@@ -30,9 +32,10 @@ _MESSAGES: dict[EngineState, str] = {
 async def health(door: Door) -> Response:
     """200 if a request sent now would be served; else 503 with the reason, and progress while loading."""
     state = door.engine.state
-    if state == "ready":
+    missing = door.swarm.missing_blocks() if door.swarm is not None and state == "ready" else ()
+    if state == "ready" and not missing:
         return json_response({"status": "ok"})
-    message = _MESSAGES[state]
+    message = _MESSAGES[state] if not missing else f"No machine serves blocks {format_blocks(missing)}"
     if state == "failed" and door.engine.failure is not None:
         message = f"{message}: {door.engine.failure.message}"
     # llama.cpp's shape, for those who wait for it: the code is the status, as a number.

@@ -1,5 +1,6 @@
 """`/swarm/...`: the machines behind a gateway, how a request would be routed, who joins and who is to leave."""
 
+import time
 from typing import Annotated
 
 from fastapi import APIRouter, Response
@@ -33,7 +34,8 @@ class LeaveOrder(WireModel):
 @router.get("/swarm/status", responses=json_responses("Machines, spans, links, sessions."))
 async def status(door: Door) -> Response:
     """The swarm as this gateway sees it."""
-    return json_response(_desk(door).status())
+    per_s = round(door.metrics.token_rate.per_s(time.monotonic()), 2)
+    return json_response({**_desk(door).status(), "tokens_per_s": per_s})
 
 
 @router.get("/swarm/ticket", responses=json_responses("A ticket, to be passed on like a password."))

@@ -9,8 +9,20 @@ from plait.session import RouteAsk
 class SwarmDesk(Protocol):
     """The swarm as its gateway sees it; mappings are ready for JSON."""
 
+    def missing_blocks(self) -> tuple[int, ...]:
+        """Blocks of the model that no machine serves now.
+
+        Raises:
+            NotReady: the model is not known yet.
+        """
+        ...
+
     def status(self) -> Mapping[str, Any]:
-        """Machines, spans, links, sessions; see docs/swarm.md for the fields."""
+        """Machines, spans, links, sessions.
+
+        Raises:
+            NotReady: the model is not known yet.
+        """
         ...
 
     def ticket(self) -> str:

@@ -99,6 +99,7 @@ class Member:
         self.failure: ServingError | None = None
         self.worker: SpanWorker | None = None
         self.moves_total = 0
+        self._lookout = node.look(supply.model, supply.model_blocks)
         self._rates = PeerRates()
         self._leaving = asyncio.Event()
         self._left = asyncio.Event()
@@ -108,6 +109,7 @@ class Member:
     async def __aenter__(self) -> Self:
         self._rates = self.supply.known_rates()
         self.node.network.route((LeaveAsk,), self._on_leave_ask)
+        self.node.watch(self._lookout.changed)
         self._tasks = [
             self._start(work) for work in (self._serve(), self._announce_often(), self._ping_often())
         ]
@@ -134,7 +136,7 @@ class Member:
 
     def view(self) -> SwarmView:
         """The swarm of this model, as seen from here."""
-        return self.node.view(self.supply.model, self.supply.model_blocks)
+        return self._lookout.view()
 
     @property
     def load(self) -> PeerLoad:

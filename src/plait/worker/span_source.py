@@ -206,16 +206,21 @@ def source_of_folder(
     wishes: Wishes,
     limits: SpanLimits,
     *,
+    told: ModelTold | None = None,
     kept_rates: KeptRates | None = None,
 ) -> SpanSource:
-    """A model whose files are all in `options.folder`.
+    """A model whose files are all in `options.folder`; `told` is what the swarm serves, if there is one already.
 
     Raises:
-        BadSetup: model, machine and wishes do not fit together.
+        BadSetup: model, machine and wishes do not fit together, or the swarm serves another model.
     """
+    checkpoint = open_checkpoint(options.folder)
+    if told is not None:
+        _check_model(checkpoint, told)
+        wishes = _with_formats(wishes, told)
     return SpanSource(
         name=_shown_name(name),
-        checkpoint=open_checkpoint(options.folder),
+        checkpoint=checkpoint,
         options=decide_options(options, replace(wishes, kv_cache_bytes=1)),
         limits=limits,
         kept_rates=kept_rates,
@@ -276,10 +281,7 @@ async def source_of_swarm(
         )
     try:
         checkpoint = await asyncio.to_thread(open_checkpoint, folder)
-        if checkpoint.fingerprint != told.fingerprint:
-            raise BadSetup(
-                f"{str(folder)!r} is another version of {told.name!r} than the swarm serves; try --weights peers"
-            )
+        _check_model(checkpoint, told)
         options = replace(options, folder=folder)
         source = SpanSource(
             name=told.name,
@@ -295,6 +297,14 @@ async def source_of_swarm(
             filling.__exit__()
         raise
     return source, filling
+
+
+def _check_model(checkpoint: Checkpoint, told: ModelTold) -> None:
+    if checkpoint.fingerprint != told.fingerprint:
+        raise BadSetup(
+            f"{str(checkpoint.folder)!r} is not the {told.name!r} that the swarm serves, or another version of it; "
+            "--weights peers takes the swarm's"
+        )
 
 
 def _local_folder(told: ModelTold) -> Path | None:

@@ -4,7 +4,6 @@ Everything of a member stands on one of these: sessions, membership and weights 
 snapshots that decisions are made from.
 """
 
-import asyncio
 import ipaddress
 import logging
 import socket
@@ -16,10 +15,10 @@ from typing import Protocol, Self
 
 import numpy as np
 
-from plait.cluster import SwarmView
 from plait.ids import PeerId
 from plait.transport import Carrier, Identity, Network, NetworkLimits, SwarmSecret, TicketPeer, TicketSecret
 from plait.wire import Message
+from plait.worker.lookout import Lookout
 from plait.worker.membership import DEFAULT_LIMITS, Membership, MembershipLimits
 from plait.worker.weight_exchange import WEIGHT_MESSAGES, WeightExchange
 
@@ -77,7 +76,6 @@ class SwarmNode:
         self._advertise = tuple(advertise)
         self._hearers: list[Hearer] = []
         self._watchers: list[Callable[[], None]] = []
-        self._version = 0
         self._stack = AsyncExitStack()
         self.network.on_message = self._on_message
         self.network.on_lost = self._on_lost
@@ -112,29 +110,15 @@ class SwarmNode:
         """Have something called whenever what is known of the swarm's members changes."""
         self._watchers.append(on_change)
 
-    def view(self, model: str, model_blocks: int, banned: frozenset[PeerId] = frozenset()) -> SwarmView:
-        """The swarm as it is seen from here now; round trips are those of this member's links."""
-        rtts_s = {
-            peer: estimate.rtt_s
-            for peer in self.network.connected()
-            if (estimate := self.network.estimate(peer)) is not None and estimate.rtt_s
-        }
-        return SwarmView.of(
-            self.membership.records(),
+    def look(self, model: str, model_blocks: int) -> Lookout:
+        """A lookout over the members that serve a model; whoever has it tells it of changes (`watch`)."""
+        return Lookout(
+            self.network,
+            self.membership.records,
             model=model,
             model_blocks=model_blocks,
-            unix_now_s=self.unix_now(),
-            rtts_s=rtts_s,
-            banned=banned,
-            version=self._version,
+            unix_now=self.unix_now,
         )
-
-    async def introduced(self) -> PeerId:
-        """Wait until there is a link to a member of the ticket, and return it."""
-        asked = {introducer.peer for introducer in self.introducers}
-        while not (linked := sorted(asked & self.network.connected())):
-            await asyncio.sleep(0.02)
-        return linked[0]
 
     def _on_message(self, peer: PeerId, message: Message, tensors: tuple[memoryview, ...]) -> None:
         for hearer in self._hearers:
@@ -150,7 +134,6 @@ class SwarmNode:
         self._changed()
 
     def _changed(self) -> None:
-        self._version += 1
         for watcher in self._watchers:
             watcher()
 

@@ -1,0 +1,214 @@
+"""From settings to a place in a swarm: keys, addresses, how the member behaves."""
+
+import fcntl
+import os
+import re
+import socket
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from plait.errors import BadSetup
+from plait.settings import Settings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from plait.transport import Identity, SwarmSecret, Ticket, TicketSecret
+    from plait.worker import MemberOptions, SpanLimits, SwarmGateway, SwarmNode
+
+# Members of swarms that run at the same time for one user on one machine.
+MAX_SEATS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """An identity that this process alone uses, and the name that people see it under."""
+
+    identity: "Identity"
+    name: str
+
+
+def swarm_folder(settings: Settings) -> Path:
+    """Where keys of machines and swarms are kept."""
+    if settings.swarm.folder is not None:
+        return settings.swarm.folder.expanduser()
+    config_home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(config_home).expanduser() / "plait" / "swarm"
+
+
+@contextmanager
+def take_seat(settings: Settings) -> Generator[Seat]:
+    """The identity of this machine, or another where a process has it already: the second one's name ends in -2.
+
+    Raises:
+        BadSetup: keys cannot be kept, or the name asked for is in use.
+    """
+    from plait.transport import Identity
+
+    asked = settings.swarm.name
+    first = asked or _plain(socket.gethostname()) or "machine"
+    names = [first] if asked else [first, *(f"{first}-{number}" for number in range(2, MAX_SEATS))]
+    folder = swarm_folder(settings) / "identities"
+    for name in names:
+        file = folder / f"{_plain(name)}.pem"
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock = (folder / f"{_plain(name)}.lock").open("a")
+        except OSError as error:
+            raise BadSetup(f"keys cannot be kept in {str(folder)!r}: {error.strerror}") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            yield Seat(identity=Identity.load_or_make(file), name=name)
+            return
+    raise BadSetup(
+        f"a process on this machine is in a swarm as {first!r} already; give another --name"
+        if asked
+        else f"{MAX_SEATS} processes on this machine are in swarms already"
+    )
+
+
+def own_secret(settings: Settings) -> "SwarmSecret":
+    """The secret of this user's swarm, made when it is first needed: tickets outlive a restart of the server."""
+    from plait.transport import SwarmSecret
+
+    return SwarmSecret.load_or_make(swarm_folder(settings) / "secret")
+
+
+def secret_for_ticket(settings: Settings, ticket: "Ticket") -> "SwarmSecret | TicketSecret":
+    """The secret of a swarm that this machine was in before, or else that of the ticket."""
+    from plait.transport import SwarmSecret
+
+    file = _joined_file(settings, ticket.secret.swarm)
+    return SwarmSecret.load_or_make(file) if file.exists() else ticket.secret
+
+
+def keep_joined_secret(settings: Settings, secret: "SwarmSecret") -> None:
+    """Remember the secret of a swarm that let this machine in, so that it can come back."""
+    file = _joined_file(settings, secret.swarm)
+    if not file.exists():
+        secret.save(file)
+
+
+def make_node(
+    settings: Settings,
+    seat: Seat,
+    secret: "SwarmSecret | TicketSecret",
+    rng: "np.random.Generator",
+    *,
+    ticket: "Ticket | None" = None,
+) -> "SwarmNode":
+    """A place in a swarm over TLS, not entered yet."""
+    from plait.transport import TlsCarrier
+    from plait.worker import SwarmNode
+
+    return SwarmNode(
+        seat.identity,
+        secret=secret,
+        carriers={"tls": TlsCarrier(seat.identity, secret)},
+        listen=[f"tls://{settings.swarm.listen}"],
+        advertise=[f"tls://{address}" for address in settings.swarm.advertise],
+        introducers=() if ticket is None else ticket.peers,
+        rng=rng,
+    )
+
+
+def make_gateway(settings: Settings, seat: Seat) -> "SwarmGateway":
+    """The gateway of this user's swarm, not entered yet.
+
+    Raises:
+        BadSetup: keys cannot be kept, or the settings do not fit together.
+    """
+    import numpy as np
+
+    from plait.cli.options import served_names, undecided_options, wishes
+    from plait.engine import resolve_model
+    from plait.routing import RouteWish
+    from plait.worker import LoadProgress, SpanSource, SwarmGateway, SwarmOptions, source_of_folder
+
+    if settings.engine.tensor_parallel_size > 1:
+        raise BadSetup("a machine of a swarm serves its blocks by itself; leave out --tensor-parallel-size")
+
+    def open_source(on_progress: Callable[[LoadProgress], None]) -> SpanSource:
+        model = settings.model
+        folder = resolve_model(
+            model.name,
+            offline=model.offline,
+            on_progress=lambda done, total: on_progress(LoadProgress("downloading", done, total)),
+        )
+        return source_of_folder(
+            model.name, undecided_options(settings, folder), wishes(settings), span_limits(settings)
+        )
+
+    return SwarmGateway(
+        make_node(settings, seat, own_secret(settings), np.random.default_rng()),
+        names=served_names(settings),
+        open_source=open_source,
+        member_options=member_options(settings, seat),
+        swarm_options=SwarmOptions(
+            route=RouteWish(mode=settings.swarm.route_mode),
+            draft_tokens=settings.swarm.draft_tokens,
+            wire_format=settings.swarm.wire_format,
+        ),
+        ticket_s=settings.swarm.ticket_s,
+    )
+
+
+def member_options(settings: Settings, seat: Seat) -> "MemberOptions":
+    """How this machine behaves as a member."""
+    from plait.cluster import PeerTerms
+    from plait.worker import MemberOptions
+
+    swarm = settings.swarm
+    return MemberOptions(
+        name=seat.name,
+        blocks=asked_blocks(swarm.blocks),
+        announce_s=swarm.announce_s,
+        rebalances=swarm.rebalance,
+        rebalance_s=swarm.rebalance_s,
+        balance_quality=swarm.balance_quality,
+        drain_timeout_s=settings.server.drain_timeout_s,
+        terms=PeerTerms(price_per_hour=swarm.price_per_hour, busy_watts=swarm.busy_watts),
+    )
+
+
+def span_limits(settings: Settings) -> "SpanLimits":
+    """How much this machine's span may take."""
+    from plait.worker import SpanLimits
+
+    return SpanLimits(
+        memory_bytes=settings.swarm.memory,
+        context_tokens=settings.swarm.context_tokens,
+        kv_cache_bytes=settings.kvcache.memory,
+    )
+
+
+def asked_blocks(text: str) -> "range | Literal['auto', 'none']":
+    """What --blocks says."""
+    if text == "auto" or text == "none":
+        return text
+    first, _, end = text.partition(":")
+    return range(int(first), int(end))
+
+
+def reaches_beyond(addresses: tuple[str, ...]) -> bool:
+    """Whether some of a member's addresses are not of the loopback."""
+    from plait.cli.serving import is_loopback
+
+    return any(
+        not is_loopback(address.partition("://")[2].rpartition(":")[0].strip("[]")) for address in addresses
+    )
+
+
+def _joined_file(settings: Settings, swarm: str) -> Path:
+    return swarm_folder(settings) / "joined" / swarm
+
+
+def _plain(name: str) -> str:
+    """A name as part of a file's."""
+    return re.sub(r"[^A-Za-z0-9_-]", "-", name)[:64]

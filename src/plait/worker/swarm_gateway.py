@@ -1,0 +1,276 @@
+"""The gateway of a swarm: answers requests from the swarm's machines, may be one of them itself, and says how it is."""
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from plait.cluster import PeerRecord, SwarmView, format_blocks
+from plait.errors import ServingError
+from plait.routing import Chain, Front, Routed, choose_chain, wish_of_fields
+from plait.session import RouteAsk
+from plait.transport import SwarmSecret, Ticket, TicketPeer
+from plait.wire import LeaveAsk
+from plait.worker.async_engine import LoadProgress
+from plait.worker.member import Member, MemberOptions
+from plait.worker.span_source import SpanSource
+from plait.worker.swarm_engine import SwarmEngine, SwarmModel, SwarmOptions, read_swarm_model
+from plait.worker.swarm_node import SwarmNode
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 0.1
+
+
+class SwarmGateway:
+    """`engine` for the HTTP gateway, and the desk where it asks about the swarm; enter it to start both.
+
+    `open_source` finds (and may download) the model in a thread, and is told where to report progress.
+    """
+
+    def __init__(
+        self,
+        node: SwarmNode,
+        *,
+        names: tuple[str, ...],
+        open_source: Callable[[Callable[[LoadProgress], None]], SpanSource],
+        member_options: MemberOptions,
+        swarm_options: SwarmOptions,
+        ticket_s: float,
+    ) -> None:
+        self.node = node
+        self.member: Member | None = None
+        self.engine = SwarmEngine(
+            node.network,
+            names=names,
+            load=self._load,
+            look=lambda model: node.look(model.fingerprint, model.blocks),
+            rng=node.rng,
+            options=swarm_options,
+            unix_now=node.unix_now,
+        )
+        self._open_source = open_source
+        self._member_options = member_options
+        self._ticket_s = ticket_s
+        self._source: SpanSource | None = None
+        self._stack = AsyncExitStack()
+        self._serving: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self.node)
+            self.node.add_hearer(self.engine)
+            self.node.watch(self.engine.view_changed)
+            await stack.enter_async_context(self.engine)
+            self._stack = stack.pop_all()
+        self._serving = asyncio.get_running_loop().create_task(self._serve())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._serving is not None:
+            self._serving.cancel()
+            await asyncio.gather(self._serving, return_exceptions=True)
+        await self._stack.aclose()
+
+    async def leave(self) -> None:
+        """Hand over what other gateways have running on this machine; it then serves no blocks."""
+        if self.member is not None:
+            self.member.leave()
+            await self.member.wait_left()
+
+    async def wait_covered(self) -> None:
+        """Wait until every block of the loaded model has a machine that serves it."""
+        while self.missing_blocks():
+            await asyncio.sleep(LOOK_S)
+
+    # -- the desk ----------------------------------------------------------------------------------------
+
+    def missing_blocks(self) -> tuple[int, ...]:
+        """Blocks that no machine serves now.
+
+        Raises:
+            NotReady: the model is not known yet.
+        """
+        lookout = self.engine.lookout
+        return lookout.view().missing_blocks(range(lookout.model_blocks))
+
+    def ticket(self) -> str:
+        """A ticket that lets machines join from now on until it expires."""
+        secret = self.node.network.secret
+        assert isinstance(secret, SwarmSecret), "a gateway has its swarm's secret"
+        own = TicketPeer(self.node.peer, self.node.addresses)
+        return Ticket.issue(secret, [own], expires_unix_s=self.node.unix_now() + self._ticket_s).text
+
+    def status(self) -> Mapping[str, Any]:
+        """Machines, spans, links and sessions, ready for JSON."""
+        lookout = self.engine.lookout
+        view, counts, now_s = lookout.view(), self.engine.counts(), self.node.unix_now()
+        return {
+            "swarm": self.node.network.secret.swarm,
+            "model": self.engine.names[0],
+            "fingerprint": lookout.model,
+            "blocks": lookout.model_blocks,
+            "missing_blocks": format_blocks(view.missing_blocks(range(lookout.model_blocks))),
+            "gateway": self.node.peer,
+            "route_mode": self.engine.options.route.mode,
+            "wire_format": self.engine.options.wire_format,
+            "sessions": counts.sessions,
+            "sessions_total": counts.sessions_total,
+            "recoveries_total": counts.recoveries_total,
+            "failures_total": counts.banned_total,
+            "generated_tokens_total": counts.generated_tokens_total,
+            "machines": [
+                {
+                    **_machine(record, now_s),
+                    "is_gateway": record.peer == self.node.peer,
+                    "banned": record.peer in view.banned,
+                    "linked": record.peer in self.node.network.connected(),
+                    "rtt_s": _finite(view.rtts_s.get(record.peer)),
+                    "gateway_sessions": counts.sessions_by_peer.get(record.peer, 0),
+                }
+                for record in view.records.values()
+                if record.state != "offline"
+            ],
+            "links": [
+                {"from": record.peer, "to": peer, "rtt_s": _finite(rtt_s)}
+                for record in view.records.values()
+                for peer, rtt_s in sorted(record.rtts_s.items())
+                if peer in view.records
+            ],
+        }
+
+    async def route(self, ask: RouteAsk, need_tokens: int) -> Mapping[str, Any]:
+        """The chain that such a wish would get now, and the front it is chosen from.
+
+        Raises:
+            BadRequest: the wish makes no sense.
+            NoRoute: nobody serves some blocks.
+            NotReady: the model is not known yet.
+        """
+        lookout = self.engine.lookout
+        view = lookout.view()
+        wish = wish_of_fields(ask.fields, self.engine.options.route, view)
+        wish = replace(wish, need_tokens=need_tokens)
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + self.engine.options.route_s
+        began_s = loop.time()
+        routed = await asyncio.to_thread(
+            lambda: choose_chain(
+                view,
+                range(lookout.model_blocks),
+                wish,
+                rng=np.random.default_rng(),
+                deadline=lambda: loop.time() > deadline_s,
+            )
+        )
+        return {**_routed(routed, view), "route_s": loop.time() - began_s}
+
+    async def ask_to_leave(self, peer: str) -> str:
+        """Tell a machine, by name or id, to leave; returns its id.
+
+        Raises:
+            BadRequest: there is no such machine.
+            PeerLost: it cannot be told.
+        """
+        found = self.engine.lookout.view().find(peer)
+        await self.node.network.send(found, LeaveAsk())
+        return found
+
+    # -- what it does ------------------------------------------------------------------------------------
+
+    def _load(self, on_progress: Callable[[LoadProgress], None]) -> SwarmModel:
+        """In a thread: what the gateway itself needs of the model, and what its member will."""
+        self._source = source = self._open_source(on_progress)
+        options = source.options
+        return read_swarm_model(
+            options.folder, max_model_tokens=options.max_model_tokens, chat_template=options.chat_template
+        )
+
+    async def _serve(self) -> None:
+        """Offer the model to those who join, and be a member."""
+        if await self.engine.wait_settled() != "ready":
+            return
+        assert self._source is not None
+        try:
+            self.node.exchange.offer = await asyncio.to_thread(lambda: self._source and self._source.offer)
+            self.member = Member(self.node, self._source, self._member_options)
+            async with self.member:
+                await self.member.wait_left()
+                if self.member.failure is not None:
+                    log.error("this machine serves no blocks: %s", self.member.failure.message)
+                await asyncio.Event().wait()
+        except ServingError as error:
+            log.error("this machine serves no blocks: %s", error.message)
+
+
+def _machine(record: PeerRecord, now_s: float) -> dict[str, Any]:
+    return {
+        "peer": record.peer,
+        "name": record.name,
+        "state": record.state,
+        "first_block": record.first_block,
+        "end_block": record.end_block,
+        "addresses": list(record.addresses),
+        "through": list(record.through),
+        "weight_format": record.weight_format,
+        "kv_format": record.kv_format,
+        "memory_bytes": record.memory_bytes,
+        "version": record.version,
+        "age_s": max(0.0, now_s - record.issued_unix_s),
+        "sessions": record.load.sessions,
+        "queued_tokens": record.load.queued_tokens,
+        "step_s": record.load.step_s,
+        "kv_free_tokens": record.load.kv_free_tokens,
+        "kv_total_tokens": record.load.kv_total_tokens,
+        "decode_tokens_per_s": record.rates.decode_tokens_per_s,
+        "saturated_decode_tokens_per_s": record.rates.saturated_decode_tokens_per_s,
+        "prefill_tokens_per_s": record.rates.prefill_tokens_per_s,
+        "network_tokens_per_s": record.rates.network_tokens_per_s,
+        "price_per_hour": record.terms.price_per_hour,
+        "busy_watts": record.terms.busy_watts,
+    }
+
+
+def _routed(routed: Routed, view: SwarmView) -> dict[str, Any]:
+    return {
+        "mode": routed.mode,
+        "chain": _chain(routed.chain, view),
+        "expected_step_s": _finite(routed.expected_step_s),
+        "reasons": list(routed.reasons),
+        "front": _front(routed.front, view),
+    }
+
+
+def _front(front: Front, view: SwarmView) -> dict[str, Any]:
+    return {
+        "objectives": list(front.objectives),
+        "exact": front.exact,
+        "members": [
+            {"chain": _chain(member.chain, view), "values": [_finite(value) for value in member.values]}
+            for member in front.members
+        ],
+    }
+
+
+def _chain(chain: Chain, view: SwarmView) -> list[dict[str, Any]]:
+    return [
+        {
+            "peer": hop.peer,
+            "name": view.records[hop.peer].name if hop.peer in view.records else "",
+            "first_block": hop.span.start,
+            "end_block": hop.span.stop,
+        }
+        for hop in chain
+    ]
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

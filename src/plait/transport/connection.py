@@ -37,6 +37,7 @@ from plait.wire import (
     decode_message,
     encode_message,
     frame_bytes,
+    printable,
 )
 
 TICKS_PER_HEARTBEAT = 4
@@ -194,7 +195,7 @@ class Connection:
                 case Credit(size_bytes):
                     self._credited(size_bytes)
                 case Goodbye(reason):
-                    raise PeerLost(f"it left: {reason}")
+                    raise PeerLost(f"it left: {printable(reason)}")
                 case Hello() | Challenge() | Proof() | Welcome():
                     raise BadFrame(f"{type(message).__name__} after the handshake")
                 case _:

@@ -42,6 +42,7 @@ from plait.wire import (
     Welcome,
     decode_message,
     encode_message,
+    printable,
 )
 
 NO_LINK = bytes(NONCE_BYTES)
@@ -198,7 +199,7 @@ def welcome(
 
 def _expect(message: Message, kind: type[_Kind]) -> _Kind:
     if isinstance(message, Goodbye):
-        raise PeerLost(message.reason)
+        raise PeerLost(printable(message.reason))
     if not isinstance(message, kind):
         raise PeerLost(f"it sent {type(message).__name__} where the handshake has {kind.__name__}")
     return message

@@ -8,7 +8,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import Protocol, cast
 
 from plait.errors import BadFrame, PeerLost, ServingError
 from plait.ids import PeerId
@@ -178,7 +178,7 @@ class Link(asyncio.BufferedProtocol):
 
     def abort(self) -> None:
         """Close at once."""
-        if self._transport is not None:
+        if self._transport is not None and not self._closed.is_set():
             self._transport.abort()
         self._fail(LinkClosed("this side has closed the link"))
 
@@ -191,8 +191,7 @@ class Link(asyncio.BufferedProtocol):
             transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.attach(transport)
+        self.attach(cast(asyncio.Transport, transport))  # uvloop's are not subclasses
         self._opened.set()
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -202,19 +201,19 @@ class Link(asyncio.BufferedProtocol):
         if self.closed:
             return
         self.received_bytes += nbytes
+        assert self._transport is not None
+        self._reader.received(nbytes)
         try:
-            frames = self._reader.received(nbytes)
+            while (frame := self._reader.next_frame()) is not None:
+                self._frames.append(frame)
+                self._unread_bytes += frame.size_bytes
         except BadFrame as error:
             self._fail(error)
-            assert self._transport is not None
             self._transport.abort()
             return
-        if frames:
-            self._frames.extend(frames)
-            self._unread_bytes += sum(frame.size_bytes for frame in frames)
+        if self._frames:
             self._arrived.set()
             if self._unread_bytes > MAX_UNREAD_BYTES and not self._reading_paused:
-                assert self._transport is not None
                 self._reading_paused = True
                 self._transport.pause_reading()
 

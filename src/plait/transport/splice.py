@@ -33,6 +33,7 @@ from plait.wire import (
     SpliceOffer,
     SpliceOpen,
     encode_message,
+    printable,
 )
 
 _CHUNK_BYTES = 1 << 16
@@ -254,7 +255,7 @@ class Splices:
                     self._pass_on(key, SpliceAccept(self._carried[key].splice), ())
             case SpliceClose():
                 if key in self._ends:
-                    self._ends[key].end(PeerLost(message.reason))
+                    self._ends[key].end(PeerLost(printable(message.reason)))
                 elif key in self._carried:
                     far = self._carried.pop(key)
                     self._carried.pop((far.connection, far.splice), None)

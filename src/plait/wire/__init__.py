@@ -11,7 +11,7 @@ bounded.py              what every message is made of
 hidden.py               hidden states in float32, bfloat16 or block-wise int8
 """
 
-from plait.wire.bounded import Bounded, Count, PeerIdField, Reason, SessionIdField
+from plait.wire.bounded import Bounded, Count, PeerIdField, Reason, SessionIdField, printable
 from plait.wire.control_messages import ControlMessage, LeaveAsk
 from plait.wire.frame import (
     FRAME_VERSION,
@@ -186,5 +186,6 @@ __all__ = [
     "encode_message",
     "frame_bytes",
     "hidden_bytes",
+    "printable",
     "reason_text",
 ]

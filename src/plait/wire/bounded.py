@@ -15,9 +15,14 @@ class Bounded(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_lik
     """
 
 
-PeerIdField = Annotated[PeerId, Meta(pattern="^[0-9a-f]{64}$")]
-SessionIdField = Annotated[SessionId, Meta(pattern="^[0-9a-f]{32}$")]
+PeerIdField = Annotated[PeerId, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+SessionIdField = Annotated[SessionId, Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 """A number of things or bytes, or a sequence number."""
 Reason = Annotated[str, Meta(max_length=400)]
-"""A sentence for a person: it is logged, never interpreted."""
+"""A sentence for a person: it is logged (`printable`), never interpreted."""
+
+
+def printable(text: str) -> str:
+    """What somebody else wrote, on one line of a log."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

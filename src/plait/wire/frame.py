@@ -7,8 +7,9 @@
 
 All integers are little-endian. Nothing is allocated for a frame before its prefix and its lengths have been found
 within the limits. The reader does no I/O: it says where the next bytes are to be written (`get_buffer`) and is told how
-many came (`received`). Small frames are cut out of one scratch buffer, many to a read; the rest of a long buffer is
-received where it will stay, so a tensor is copied at most once and only its first part.
+many came (`received`); then it hands out the frames that are complete (`next_frame`, until there is none). Small frames
+are cut out of one scratch buffer, many to a read; the rest of a long buffer is received where it will stay, so a tensor
+is copied at most once and only its first part.
 """
 
 import struct
@@ -108,22 +109,19 @@ class FrameReader:
             self._make_room(needed)
         return self._scratch[self._end :]
 
-    def received(self, count: int) -> list[Frame]:
-        """Take `count` bytes that were written to `get_buffer()`; return the frames that are complete now.
-
-        Raises:
-            BadFrame: what came is not a frame, or one beyond the limits; the stream cannot be read further.
-        """
+    def received(self, count: int) -> None:
+        """Take `count` bytes that were written to `get_buffer()`; then take all frames that are complete now."""
         if self._direct:
             self._filled += count
         else:
             self._end += count
-        frames: list[Frame] = []
-        while (frame := self._next_frame()) is not None:
-            frames.append(frame)
-        return frames
 
-    def _next_frame(self) -> Frame | None:
+    def next_frame(self) -> Frame | None:
+        """The next frame, if all of it is there.
+
+        Raises:
+            BadFrame: what came is not a frame, or one beyond the limits; the stream cannot be read further.
+        """
         if self._body is None and not self._read_head():
             return None
         assert self._body is not None
@@ -177,6 +175,7 @@ class FrameReader:
         """Move what is unread to the front of a scratch that holds `needed` bytes."""
         size_bytes = max(SCRATCH_BYTES, needed)
         unread = bytes(self._scratch[self._start : self._end])
+        assert len(unread) < needed, "all complete frames have been taken"
         if size_bytes != len(self._scratch):
             self._scratch = memoryview(bytearray(size_bytes))
         self._scratch[: len(unread)] = unread

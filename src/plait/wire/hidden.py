@@ -107,7 +107,9 @@ def _to_int8(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.
         divisor = _from_bfloat16(scales)
         steps = np.rint(padded / np.where(divisor == 0, np.float32(1), divisor)[:, :, None])
     codes = np.clip(np.nan_to_num(steps, nan=0.0), -_INT8_MAX, _INT8_MAX).astype(np.int8)
-    return np.ascontiguousarray(codes.reshape(tokens, -1)[:, :hidden]), scales
+    return np.ascontiguousarray(
+        codes.reshape(tokens, scales.shape[1] * INT8_BLOCK_VALUES)[:, :hidden]
+    ), scales
 
 
 def _to_bfloat16_upward(values: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -123,7 +125,7 @@ def _from_int8(codes: NDArray[np.int8], scales: NDArray[np.uint16]) -> NDArray[n
     padded = _in_blocks(codes).astype(np.float32)
     with np.errstate(all="ignore"):
         padded *= _from_bfloat16(scales)[:, :, None]
-    return np.ascontiguousarray(padded.reshape(tokens, -1)[:, :hidden])
+    return np.ascontiguousarray(padded.reshape(tokens, scales.shape[1] * INT8_BLOCK_VALUES)[:, :hidden])
 
 
 def _in_blocks(values: NDArray[_Value]) -> NDArray[_Value]:

@@ -256,7 +256,7 @@ class Membership:
         if (skewed or expired) and sender == record.peer and sender not in self._told:
             self._told.add(sender)
             log.warning(
-                "peer=%s (%s): its clock and this one's differ by %.0f s, so its records are of no use; set them right",
+                "peer=%s (%r): its clock and this one's differ by %.0f s, so its records are of no use; set them right",
                 sender[:8],
                 record.name,
                 abs(now_s - record.issued_unix_s),

@@ -234,6 +234,7 @@ class Crowd:
                 for start, stop in itertools.pairwise(cut)
             ]
         )
+        self.expected: dict[tuple[int, ...], list[int]] = {}
         self.finished = self.restarted = self.refused = self.went_back = 0
 
     def run(self, sessions: int) -> None:
@@ -259,6 +260,7 @@ class Crowd:
             seed=self.rng.randrange(4),
             max_tokens=self.rng.randint(1, 30),
         )
+        self.expected[prompt] = alone("bfloat16", prompt, sampling)[0]
         return self.open(prompt, sampling, ())
 
     def open(self, prompt: tuple[int, ...], sampling: SamplingParams, out: tuple[int, ...]) -> bool:
@@ -297,11 +299,18 @@ class Crowd:
                 if asked.ended:
                     self.finish(asked)
                 else:
-                    self.chain.feed(id, len(asked.token_ids) - 1)
+                    self.chain.feed(id, len(asked.token_ids) - 1, self.guess(asked))
+
+    def guess(self, asked: Asked) -> list[int]:
+        """Nothing, or a few tokens, any of which may be wrong."""
+        expected = self.expected[tuple(asked.token_ids[: asked.session.prompt_tokens])]
+        room = asked.session.max_tokens - len(asked.token_ids) - 1
+        ahead = expected[len(asked.answer) :][: min(room, self.rng.choice([0, 0, 2, 5]))]
+        return [token if self.rng.random() < 0.8 else self.rng.randrange(2000) for token in ahead]
 
     def finish(self, asked: Asked) -> None:
         prompt = tuple(asked.token_ids[: asked.session.prompt_tokens])
-        assert list(asked.answer) == alone("bfloat16", prompt, asked.session.sampling)[0]
+        assert list(asked.answer) == self.expected[prompt]
         self.finished += 1
         self.chain.close(asked.session.id)
 
@@ -318,7 +327,7 @@ class Crowd:
             self.open(tuple(asked.token_ids[:prompt_tokens]), asked.session.sampling, asked.answer)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(4))
 @KERNELS
 def test_sessions_that_interleave_go_back_and_leave_give_what_they_give_alone(seed: int) -> None:
     crowd = Crowd(seed)

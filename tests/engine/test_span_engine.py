@@ -332,7 +332,7 @@ class Crowd:
 def test_sessions_that_interleave_go_back_and_leave_give_what_they_give_alone(seed: int) -> None:
     crowd = Crowd(seed)
     crowd.run(sessions=30)
-    assert crowd.finished > 15 and crowd.went_back
+    assert crowd.finished > 8 and crowd.went_back
     assert crowd.restarted or crowd.refused or sum(hop.load().preemptions_total for hop in crowd.chain.hops)
 
 

@@ -83,6 +83,7 @@ async def joined(settings: Settings, ticket: "Ticket") -> "AsyncGenerator[Member
     """
     import numpy as np
 
+    # Imported before there are links: it takes seconds, in which no other machine would be answered.
     from plait.cli.swarm_setup import (
         keep_joined_secret,
         make_node,

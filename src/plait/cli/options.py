@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from plait.engine import BytesProgress, EngineOptions, TensorParallel, Wishes, decide_options, resolve_model
 from plait.errors import BadSetup
-from plait.gateway import GatewayOptions, hash_api_key
 from plait.scheduling import StepLimits
 from plait.settings import Settings
+
+if TYPE_CHECKING:
+    from plait.gateway import GatewayOptions
 
 
 def engine_options(settings: Settings, *, on_download: BytesProgress | None = None) -> EngineOptions:
@@ -88,8 +91,10 @@ def tensor_parallel_options(settings: Settings) -> TensorParallel:
     )
 
 
-def gateway_options(settings: Settings, *, api_key_hashes: tuple[str, ...] = ()) -> GatewayOptions:
+def gateway_options(settings: Settings, *, api_key_hashes: tuple[str, ...] = ()) -> "GatewayOptions":
     """Options of the front door; `api_key_hashes` of stored keys join those of the keys in the settings."""
+    from plait.gateway import GatewayOptions, hash_api_key
+
     given = tuple(hash_api_key(key.get_secret_value()) for key in settings.server.api_keys)
     hashes = given + api_key_hashes
     return GatewayOptions(

@@ -81,6 +81,23 @@ class ServerClient:
         except (ValueError, KeyError, TypeError) as error:
             raise self._not_a_server() from error
 
+    def get(self, path: str) -> Any:
+        """The JSON that the server answers at a path of its own, beside `/v1`: `/swarm/status`."""
+        return self._json("GET", path, None)
+
+    def post(self, path: str, body: Mapping[str, object]) -> Any:
+        """The JSON that the server answers to a JSON body at a path of its own."""
+        return self._json("POST", path, body)
+
+    def _json(self, method: str, path: str, body: Mapping[str, object] | None) -> Any:
+        response = self._send(method, self.base_url.removesuffix("/v1") + path, body)
+        if response.status_code != HTTPStatus.OK:
+            raise self._error(response.status_code, response.content, response.headers)
+        try:
+            return response.json()
+        except ValueError as error:
+            raise self._not_a_server() from error
+
     def chat(
         self, messages: Sequence[Message], *, model: str, sampling: Mapping[str, object] | None = None
     ) -> Generator[ChatChunk]:
@@ -121,9 +138,9 @@ class ServerClient:
             )
         raise EngineFailure(f"the answer of {self.base_url} broke off; ask again")
 
-    def _send(self, method: str, url: str) -> httpx.Response:
+    def _send(self, method: str, url: str, body: Mapping[str, object] | None = None) -> httpx.Response:
         try:
-            return self._http.request(method, url)
+            return self._http.request(method, url, json=body)
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
 

@@ -3,8 +3,9 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,21 @@ def on_one_machine(requests: Sequence[GenerationRequest], dtype: str = "float32"
     return answers
 
 
+_idle_engines: dict[tuple[str, range], list[SpanEngine]] = {}
+
+
+def take_engine(dtype: str, blocks: range) -> SpanEngine:
+    """An engine without sessions: one that an earlier worker left, or a new one."""
+    idle = _idle_engines.setdefault((dtype, blocks), [])
+    return idle.pop() if idle else load_span_engine(tiny_options(dtype), blocks)
+
+
+def give_back(dtype: str, engine: SpanEngine) -> None:
+    engine.check()
+    assert engine.load().sessions == 0
+    _idle_engines[dtype, engine.blocks].append(engine)
+
+
 @dataclass
 class Answer:
     """All that came for one request, by sample."""
@@ -135,14 +151,17 @@ class SwarmRig:
     def address(self, name: str) -> str:
         return f"mem://{name}"
 
-    async def add(self, name: str, blocks: range, **options: Any) -> Host:
+    async def add(
+        self, name: str, blocks: range, *, network_class: type[Network] = Network, **options: Any
+    ) -> Host:
         """Start a worker."""
         identity = identity_of(name)
         stack = AsyncExitStack()
-        network = Network(
+        network = network_class(
             identity, secret=SECRET, carriers=self.carriers(name, identity), unix_now=lambda: UNIX_NOW_S
         )
-        engine = load_span_engine(tiny_options(self.dtype), blocks)
+        engine = take_engine(self.dtype, blocks)
+        stack.callback(give_back, self.dtype, engine)
         worker = SpanWorker(
             network,
             engine,
@@ -221,8 +240,6 @@ class SwarmRig:
 
     def say(self, name: str, **changes: Any) -> None:
         """Change what a worker's record says."""
-        from dataclasses import replace
-
         self._sequence += 1
         host = self.hosts[name]
         host.record = replace(host.record, sequence=self._sequence, **changes)
@@ -251,8 +268,15 @@ class SwarmRig:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.01)
 
+    def chain(self) -> list[str]:
+        """The names of the workers that the latest session crosses, in order."""
+        hops = list(self.gateway.chains().values())[-1]
+        names = {host.peer: name for name, host in self.hosts.items()}
+        return [names[hop.peer] for hop in hops]
+
     def check_all_free(self) -> None:
         for host in self.hosts.values():
+            assert not host.worker.sessions, host.name
             host.engine.check()
             load = host.engine.load()
             assert load.sessions == 0
@@ -270,10 +294,14 @@ def identity_of(name: str) -> Identity:
 
 @asynccontextmanager
 async def swarm(
-    spans: dict[str, range], *, options: SwarmOptions | None = None, rig: SwarmRig | None = None
+    spans: dict[str, range],
+    *,
+    options: SwarmOptions | None = None,
+    dtype: str = "float32",
+    rig: SwarmRig | None = None,
 ) -> AsyncIterator[SwarmRig]:
     """Workers by name and a gateway, in virtual time unless the rig says otherwise."""
-    rig = rig or SwarmRig(MemoryNet())
+    rig = rig or SwarmRig(MemoryNet(), dtype=dtype)
     try:
         for name, blocks in spans.items():
             await rig.add(name, blocks)
@@ -286,7 +314,4 @@ async def swarm(
 def cut_at(*cuts: int) -> dict[str, range]:
     """Workers a, b, c... of consecutive spans."""
     bounds = [0, *cuts, BLOCKS]
-    return {
-        chr(ord("a") + place): range(first, end)
-        for place, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False))
-    }
+    return {chr(ord("a") + place): range(first, end) for place, (first, end) in enumerate(pairwise(bounds))}

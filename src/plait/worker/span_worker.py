@@ -13,6 +13,7 @@ import asyncio
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -87,13 +88,12 @@ class SpanWorkerOptions:
 
 @dataclass(slots=True)
 class _Live:
-    """A session here; outputs of steps up to `stale_step`, or of inputs that were forgotten, are not its any more."""
+    """A session here; outputs of steps up to `stale_step` are not its, or not any more."""
 
     session: HopSession
     opening: OpenSession
     heard_s: float
     stale_step: int = 0
-    forgotten: bool = False
     kept_bytes: int = 0
     orphaned_s: float | None = None  # since when its gateway is gone
 
@@ -376,9 +376,9 @@ class SpanWorker:
             match action:
                 case Feed():
                     self._command(lambda feed=action: self._engine_feed(live, feed))
-                case Forget():
-                    live.forgotten = True
+                case Forget(known):
                     live.stale_step = self._step
+                    self._command(lambda known=known: self._engine_rewind(live, known))
                 case Forward(peer, step, rows):
                     self._outbox.post(peer, step, encode_hidden(rows, live.opening.wire_format))
                 case Tell(peer, message):
@@ -390,10 +390,14 @@ class SpanWorker:
         log.warning("peer=%s cut off: %s", peer[:12], reason)
         self._spawn(self._network.drop(peer, reason))
 
+    def _engine_rewind(self, live: _Live, known: int) -> None:
+        if self._live.get(live.session.id) is live:
+            with suppress(NotFound):  # the engine has ended it, and says so with the next step
+                self.engine.rewind(live.session.id, known)
+
     def _engine_feed(self, live: _Live, feed: Feed) -> None:
         if self._live.get(live.session.id) is not live:
             return
-        live.forgotten = False
         hidden = None if feed.rows is None else torch.as_tensor(feed.rows)
         try:
             self.engine.feed(
@@ -454,7 +458,7 @@ class SpanWorker:
     def _hand_out(self, output: SpanOutput) -> None:
         self.block_tokens_total += len(output.token_ids) * len(self.blocks)
         live = self._live.get(output.id)
-        if live is None or live.forgotten or self._step <= live.stale_step:
+        if live is None or self._step <= live.stale_step:
             return
         actions = live.session.on_output(
             output.start,

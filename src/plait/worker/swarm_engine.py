@@ -271,6 +271,10 @@ class SwarmEngine:
             generated_tokens_total=self._generated_tokens,
         )
 
+    def chains(self) -> dict[SessionId, tuple[ChainHop, ...]]:
+        """The hops of each session that runs, in the order in which they began."""
+        return {id: driver.session.hops for id, driver in self._drivers.items()}
+
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for the running ones; False if some were still running at the end."""
         if self.state == "ready":

@@ -24,6 +24,9 @@ from plait.routing.chain import (
     check_chain,
 )
 from plait.routing.choose import choose_chain
+from plait.routing.costs import DEFAULT_DECODE_TOKENS_PER_S
+from plait.routing.graph import delays_s
+from plait.routing.load import HOP_OVERHEAD_S
 from plait.routing.objectives import LATENCY_AND_THROUGHPUT, NETWORK_AND_COMPUTE, ObjectiveName
 from plait.routing.pareto import hypervolume, nondominated, normalised_hypervolume
 from plait.routing.picks import (
@@ -39,6 +42,8 @@ from plait.routing.router import Router
 from plait.routing.wish import RouteWish, wish_of_fields
 
 __all__ = [
+    "DEFAULT_DECODE_TOKENS_PER_S",
+    "HOP_OVERHEAD_S",
     "LATENCY_AND_THROUGHPUT",
     "NETWORK_AND_COMPUTE",
     "Balanced",
@@ -59,6 +64,7 @@ __all__ = [
     "alternatives",
     "check_chain",
     "choose_chain",
+    "delays_s",
     "hypervolume",
     "nondominated",
     "normalised_hypervolume",

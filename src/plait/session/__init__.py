@@ -46,6 +46,7 @@ from plait.session.hop_session import (
     Rows,
     SampledRow,
     Tell,
+    Unreadable,
 )
 from plait.session.prompt_lookup import PromptLookup
 from plait.session.request import (
@@ -117,6 +118,7 @@ __all__ = [
     "Tell",
     "TimePassed",
     "TokenLogprob",
+    "Unreadable",
     "Unroutable",
     "ViewChanged",
     "from_wire_sampling",

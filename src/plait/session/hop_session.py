@@ -55,6 +55,13 @@ MAX_WAITING_MESSAGES = 512
 
 
 @dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Hidden states that came and are none."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Feed:
     """Give the engine inputs for positions from `start`; `rows` [tokens, hidden] where they are not token ids alone."""
 
@@ -155,7 +162,7 @@ class HopSession:
         self._early_tokens: tuple[PeerId, Tokens] | None = None
         self._guessed = 0
         self._lookup = PromptLookup(opening.draft_tokens)
-        self._waiting: list[tuple[PeerId, Step, Rows | None]] = []
+        self._waiting: list[tuple[PeerId, Step, Rows | Unreadable | None]] = []
 
     # -- what it is --------------------------------------------------------------------------------------
 
@@ -185,8 +192,8 @@ class HopSession:
 
     # -- messages ----------------------------------------------------------------------------------------
 
-    def on_step(self, sender: PeerId, step: Step, rows: Rows | None) -> list[HopAction]:
-        """Take inputs from the hop before (the gateway, at the first hop); `rows` [tokens, hidden] are finite."""
+    def on_step(self, sender: PeerId, step: Step, rows: Rows | Unreadable | None) -> list[HopAction]:
+        """Take inputs from the hop before (the gateway, at the first hop), with its hidden states [tokens, hidden]."""
         if step.epoch != self.epoch or self._broken:
             return []
         if not self.held and sender != self.before:
@@ -205,7 +212,7 @@ class HopSession:
         if step.number != self._last_number + 1:
             return self._fault(sender, "gap", f"step {step.number} came after step {self._last_number}")
         wrong = self._wrong_step(step, rows)
-        if wrong:
+        if wrong or isinstance(rows, Unreadable):
             return self.accuse(sender, wrong)
         self._last_number = step.number
         self._take_inputs(step.start, step.token_ids, rows, step.sample_rows, step.draft_tokens)
@@ -394,7 +401,10 @@ class HopSession:
         self._broken = True
         return [Tell(self.gateway, Fault(self.id, self.epoch, peer, code, reason_text(reason)))]
 
-    def _wrong_step(self, step: Step, rows: Rows | None) -> str:
+    def _wrong_step(self, step: Step, rows: Rows | Unreadable | None) -> str:
+        """Why a step cannot be; "" if it can."""
+        if isinstance(rows, Unreadable):
+            return rows.reason
         tokens = len(step.token_ids)
         if step.start > len(self._inputs) or step.start + tokens > self._opening.max_tokens:
             return (

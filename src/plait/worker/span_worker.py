@@ -36,6 +36,7 @@ from plait.session import (
     SampledRow,
     SamplingParams,
     Tell,
+    Unreadable,
     from_wire_sampling,
 )
 from plait.transport import Network
@@ -238,15 +239,14 @@ class SpanWorker:
         if live is None or step.epoch != live.session.epoch:
             return
         live.heard_s = self._loop.time()
-        rows: Rows | None = None
+        rows: Rows | Unreadable | None = None
         if tensors or not live.session.first:
             try:
                 rows = decode_hidden(
                     tensors, live.opening.wire_format, len(step.token_ids), self._facts.hidden_values
                 )
             except BadFrame as error:
-                self._carry_out(live, live.session.accuse(peer, error.message))
-                return
+                rows = Unreadable(error.message)
         self._carry_out(live, live.session.on_step(peer, step, rows))
 
     # -- sessions come and go -----------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from plait import __version__
 from plait.cluster import PeerLoad, PeerRates, PeerRecord, PeerState, PeerTerms, SwarmView, format_blocks
 from plait.errors import EngineFailure, PeerLost, ServingError
 from plait.ids import PeerId
+from plait.placement import better_span, choose_span
 from plait.wire import LeaveAsk, Message
 from plait.worker.async_engine import LoadProgress
 from plait.worker.span_source import LoadedSpan, StageProgress
@@ -29,8 +30,6 @@ from plait.worker.swarm_node import SwarmNode
 
 log = logging.getLogger(__name__)
 
-ASSUMED_DECODE_TOKENS_PER_S = 300.0
-"""Announced before anything has been measured or heard of: PETALS' default for a server that does not say."""
 LOOK_S = 0.05
 # Holders of a block that links are kept to, so that their round trips are known: as many as PETALS pings.
 PINGED_HOLDERS = 5
@@ -176,9 +175,7 @@ class Member:
                 others = [peer for peer in self.view().records if peer != self.node.peer]
                 if others:
                     await self._sleep(float(self.node.rng.uniform(0, self.options.choose_wait_s)))
-                from plait.placement import choose_span
-
-                return choose_span(self.view(), length)
+                return choose_span(self.view(), length, peer=self.node.peer)
             case range() as blocks:
                 return blocks
 
@@ -223,8 +220,6 @@ class Member:
         while not self._leaving.is_set() and worker.failure is None:
             await self._sleep(LOOK_S if not moves else min(LOOK_S, max(0.0, look_s - loop.time())))
             if moves and loop.time() >= look_s:
-                from plait.placement import better_span
-
                 look_s = next_look_s()
                 better = better_span(
                     self.view(),
@@ -291,7 +286,7 @@ class Member:
                 end_block=blocks.stop,
                 state=state,
                 addresses=self.node.addresses,
-                rates=self._announced_rates(),
+                rates=replace(self._rates, network_tokens_per_s=self._network_tokens_per_s()),
                 load=self.load,
                 terms=self.options.terms,
                 weight_format=supply.weight_format,
@@ -300,22 +295,6 @@ class Member:
                 version=__version__,
             )
         )
-
-    def _announced_rates(self) -> PeerRates:
-        """The measured ones; before there are any, what the others say on average, so that the claim has a weight."""
-        rates = self._rates
-        if not rates.decode_tokens_per_s and self.state == "joining":
-            known = [
-                record.rates
-                for record in self.view().records.values()
-                if record.peer != self.node.peer and record.rates.decode_tokens_per_s
-            ]
-            decode = sorted(each.decode_tokens_per_s for each in known) or [ASSUMED_DECODE_TOKENS_PER_S]
-            prefill = sorted(each.prefill_tokens_per_s for each in known) or [ASSUMED_DECODE_TOKENS_PER_S]
-            rates = PeerRates(
-                decode_tokens_per_s=decode[len(decode) // 2], prefill_tokens_per_s=prefill[len(prefill) // 2]
-            )
-        return replace(rates, network_tokens_per_s=self._network_tokens_per_s())
 
     def _network_tokens_per_s(self) -> float:
         """Hidden states that the best link of this machine carries; 0 while none has been measured."""

@@ -109,7 +109,8 @@ class _Search:
         elif sum(sums) > 1:
             extent = np.ptp(self.known, axis=0)
             weights = np.where(sums & (extent > 0), 1 / np.where(extent > 0, extent, 1.0), 0.0)
-            self._add_guide(weighed(self.objectives, weights), None)
+            if weights.any():
+                self._add_guide(weighed(self.objectives, weights), None)
         self.slack = self.slack_fraction * np.ptp(self.known, axis=0)
 
     def _guide_by_weights(self, _sums: Sequence[bool]) -> None:

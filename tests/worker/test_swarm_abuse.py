@@ -65,6 +65,9 @@ class TamperingNetwork(Network):
         for other in self.tamper((peer, message, tensors)):
             await super().send(*other, timeout_s=timeout_s)
 
+    def try_send(self, peer: PeerId, message: Message, tensors: Sequence[Buffer] = ()) -> bool:
+        return False
+
 
 @pytest.fixture(scope="module")
 def expected() -> list[int]:

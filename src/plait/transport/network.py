@@ -244,6 +244,23 @@ class Network:
                 if known.connection is not None:
                     known.connection.flush()
 
+    def try_send(self, peer: PeerId, message: Message, tensors: Sequence[Buffer] = ()) -> bool:
+        """As `send`, if it can be done at once: there is a link, with room, and nobody waits. Whether it was done.
+
+        Raises:
+            BadFrame: the message cannot be sent at all.
+        """
+        if peer == self.peer:
+            views = tuple(memoryview(tensor) for tensor in tensors)
+            self._loop.call_soon(self._deliver, peer, message, views)
+            return True
+        known = self._peers.get(peer)
+        if known is None or known.connection is None:
+            return False
+        header = encode_message(message)
+        size_bytes = frame_bytes(len(header), [memoryview(tensor).nbytes for tensor in tensors])
+        return known.connection.send_now(header, tensors, size_bytes)
+
     async def connect(self, peer: PeerId, *, timeout_s: float | None = None) -> None:
         """Have a link to a peer.
 

@@ -27,9 +27,17 @@ class Outbox:
 
     def post(self, peer: PeerId, message: Message, tensors: Sequence[Buffer] = ()) -> None:
         """Send a message after those posted before for this peer; the tensors must not change any more."""
+        if peer not in self._queues and self._tried(peer, message, tensors):
+            return
         self._queues.setdefault(peer, deque()).append((message, tensors))
         if peer not in self._tasks:
             self._tasks[peer] = asyncio.get_running_loop().create_task(self._send_all(peer))
+
+    def _tried(self, peer: PeerId, message: Message, tensors: Sequence[Buffer]) -> bool:
+        try:
+            return self._network.try_send(peer, message, tensors)
+        except ServingError:
+            return False  # told when its turn comes
 
     async def close(self, flush_s: float = 1.0) -> None:
         """Drop what is not sent after a moment."""

@@ -139,26 +139,31 @@ class SpanWorker:
         self._failed_steps = 0
         self._kept_bytes = 0
         self._draining = False
+        self._closing = False
         self._load = engine.load()
         self._load_at_s = 0.0
+        self._computes = False  # the engine must not be touched
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        self._spawn(self._run())
+        self._running = self._loop.create_task(self._run())
         self._spawn(self._expire())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for live in list(self._live.values()):
-            self._end_session(live)
+        for id in list(self._live):
+            self._session_failed(id, "no_capacity", "this worker is leaving")
+        self._closing = True
+        self._wake.set()
+        # A step that runs in a thread cannot be stopped, and nobody may touch its engine meanwhile.
+        await asyncio.shield(self._running)
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._apply_commands()
         await self._outbox.close()
 
     # -- what the member asks -----------------------------------------------------------------------------
@@ -174,6 +179,8 @@ class SpanWorker:
 
     def load(self) -> PeerLoad:
         """How busy this worker is, as of a moment ago."""
+        if not self._computes:
+            self._load = self.engine.load()
         load = self._load
         return PeerLoad(
             sessions=len(self._live),
@@ -435,20 +442,25 @@ class SpanWorker:
         engine = self.engine
         while self.failure is None:
             self._apply_commands()
-            self._see_load()
+            if self._closing:
+                return
             if not engine.has_work:
                 self._wake.clear()
                 if not self._commands:
                     await self._wake.wait()
                 continue
+            self._see_load()
             self._step += 1
             began_s = self._loop.time()
+            self._computes = True
             try:
                 outputs = await self._run_step(engine.step)
                 self._failed_steps = 0
             except Exception as error:
+                self._computes = False
                 self._step_failed(error)
                 continue
+            self._computes = False
             self._note_step(self._loop.time() - began_s)
             for output in outputs:
                 self._hand_out(output)
@@ -510,8 +522,9 @@ class SpanWorker:
         self._step_s += (step_s - self._step_s) * (_STEP_SMOOTHING if self._step_s else 1.0)
 
     def _see_load(self) -> None:
+        """Remember the load for who asks while the engine computes."""
         now_s = self._loop.time()
-        if now_s - self._load_at_s >= _LOAD_EVERY_S or not self.engine.has_work:
+        if now_s - self._load_at_s >= _LOAD_EVERY_S:
             self._load, self._load_at_s = self.engine.load(), now_s
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:

@@ -25,10 +25,10 @@ class PromptLookup:
 
     def guess(self, token_ids: Sequence[int], room_tokens: int) -> tuple[int, ...]:
         """What may follow `token_ids`, which extend those of the call before; at most `room_tokens`, maybe none."""
-        self._index(token_ids)
         wanted = min(self._reach_tokens, room_tokens)
         if wanted <= 0:
             return ()
+        self._index(token_ids)
         for size in _NGRAM_TOKENS:
             at = self._next_of.get(tuple(token_ids[-size:])) if len(token_ids) > size else None
             if at is not None:

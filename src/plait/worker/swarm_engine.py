@@ -368,6 +368,11 @@ class SwarmEngine:
     def _start(self, running: _Running, index: int, wish: SessionWish, ask: RouteAsk | None) -> None:
         session = ChainSession(wish, self.options.times, own=self._network.peer)
 
+        async def find_hops(wanted: FindRoute) -> tuple[ChainHop, ...]:
+            hops = await self._find_hops(wanted, wish, ask)
+            running.live.scheduled_s = running.live.scheduled_s or self._loop.time()
+            return hops
+
         def on_end(error: ServingError | None) -> None:
             self._forget(driver)
             if error is not None:
@@ -377,7 +382,7 @@ class SwarmEngine:
             session,
             SessionHooks(
                 post=self._outbox.post,
-                find_hops=lambda wanted: self._find_hops(wanted, wish, ask),
+                find_hops=find_hops,
                 on_ban=self._on_ban,
                 on_tokens=lambda emit: self._on_tokens(running, index, driver, emit),
                 on_end=on_end,

@@ -5,14 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rigs import KINDS, LIMITS, Rig, identity
+from rigs import KINDS, LIMITS, WAIT_S, Rig, identity
 
 from plait.errors import BadFrame, BadSetup, PeerLost
 from plait.transport import Link
 from plait.transport.link import LinkClosed
 from plait.wire import FrameLimits, encode_frame
-
-WAIT_S = 20.0
 
 
 @pytest.fixture(params=KINDS)
@@ -48,7 +46,7 @@ def test_frames_arrive_whole_and_in_order_both_ways(rig: Rig) -> None:
         async with rig.links() as (near, far):
             await asyncio.gather(exchange(near, far), exchange(far, near))
 
-    asyncio.run(main())
+    rig.run(main())
 
 
 def test_received_tensors_are_memory_of_their_own(rig: Rig) -> None:
@@ -62,7 +60,7 @@ def test_received_tensors_are_memory_of_their_own(rig: Rig) -> None:
             assert tuple(map(bytes, second.buffers)) == (payload(100_000), payload(16))
             assert all(np.frombuffer(buffer, np.uint8).ctypes.data % 16 == 0 for buffer in second.buffers)
 
-    asyncio.run(main())
+    rig.run(main())
 
 
 def test_a_reader_that_stops_holds_its_sender_back(rig: Rig) -> None:
@@ -91,7 +89,7 @@ def test_a_reader_that_stops_holds_its_sender_back(rig: Rig) -> None:
                     assert bytes((await far.recv()).buffers[0]) == part
                 await sending
 
-    asyncio.run(main())
+    rig.run(main())
 
 
 def test_a_closed_link_delivers_what_was_sent_and_then_ends(rig: Rig) -> None:
@@ -111,7 +109,7 @@ def test_a_closed_link_delivers_what_was_sent_and_then_ends(rig: Rig) -> None:
                 with pytest.raises(PeerLost):
                     await link.send(b"more")
 
-    asyncio.run(main())
+    rig.run(main())
 
 
 def test_an_aborted_link_ends_at_the_other_side_too(rig: Rig) -> None:
@@ -124,7 +122,7 @@ def test_an_aborted_link_ends_at_the_other_side_too(rig: Rig) -> None:
                 with pytest.raises(LinkClosed):
                     await receiving
 
-    asyncio.run(main())
+    rig.run(main())
 
 
 def test_waiting_for_a_frame_can_be_cancelled(rig: Rig) -> None:
@@ -138,7 +136,7 @@ def test_waiting_for_a_frame_can_be_cancelled(rig: Rig) -> None:
             async with asyncio.timeout(WAIT_S):
                 assert (await far.recv()).header == b"still there"
 
-    asyncio.run(main())
+    rig.run(main())
 
 
 @pytest.mark.parametrize(
@@ -165,7 +163,7 @@ def test_what_is_no_frame_breaks_the_link_and_no_other(rig: Rig, raw: bytes, rea
                 with pytest.raises(PeerLost):
                     await near.recv()
 
-    asyncio.run(main())
+    rig.run(main())
 
 
 def test_a_stranger_may_send_little(rig: Rig) -> None:
@@ -179,7 +177,7 @@ def test_a_stranger_may_send_little(rig: Rig) -> None:
                 with pytest.raises(BadFrame, match="header of 11 bytes; at most 10"):
                     await far.recv()
 
-    asyncio.run(main())
+    rig.run(main())
 
 
 def test_nobody_listens_there(rig: Rig) -> None:
@@ -190,7 +188,7 @@ def test_nobody_listens_there(rig: Rig) -> None:
         with pytest.raises(PeerLost, match=address.partition("://")[0]):
             await rig.carrier(rig.near).dial(address, peer=rig.far.peer, timeout_s=10)
 
-    asyncio.run(main())
+    rig.run(main())
 
 
 def test_an_address_that_is_none_is_refused(rig: Rig) -> None:
@@ -202,7 +200,7 @@ def test_an_address_that_is_none_is_refused(rig: Rig) -> None:
         with pytest.raises(PeerLost):
             await carrier.dial("elsewhere", peer=rig.far.peer, timeout_s=10)
 
-    asyncio.run(main())
+    rig.run(main())
 
 
 def test_only_tls_proves_who_is_there(rig: Rig) -> None:
@@ -211,13 +209,12 @@ def test_only_tls_proves_who_is_there(rig: Rig) -> None:
             proven = (near.peer, far.peer)
             assert proven == ((rig.far.peer, rig.near.peer) if rig.kind == "tls" else (None, None))
 
-    asyncio.run(main())
+    rig.run(main())
 
 
 def test_many_links_at_once(rig: Rig) -> None:
     async def main() -> None:
         async def echo(link: Link) -> None:
-            link.limits = LIMITS
             await link.opened()
             try:
                 while True:
@@ -227,9 +224,12 @@ def test_many_links_at_once(rig: Rig) -> None:
                 await link.close()
 
         async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as group:
-            listener = await rig.carrier(rig.far).listen(
-                rig.address, lambda link: group.create_task(echo(link))
-            )
+
+            def accept(link: Link) -> None:
+                link.limits = LIMITS
+                group.create_task(echo(link))
+
+            listener = await rig.carrier(rig.far).listen(rig.address, accept)
             carrier = rig.carrier(rig.near)
 
             async def ask(number: int) -> None:
@@ -247,7 +247,7 @@ def test_many_links_at_once(rig: Rig) -> None:
             await asyncio.gather(*(ask(number) for number in range(16)))
             await listener.close()
 
-    asyncio.run(main())
+    rig.run(main())
 
 
 def test_tls_refuses_another_peer_than_the_expected_one(tmp_path: Path) -> None:
@@ -260,4 +260,4 @@ def test_tls_refuses_another_peer_than_the_expected_one(tmp_path: Path) -> None:
             await rig.carrier(rig.near).dial(listener.address, peer=identity(3).peer, timeout_s=10)
         await listener.close()
 
-    asyncio.run(main())
+    rig.run(main())

@@ -12,6 +12,7 @@ LAYERS = (
     {"cli"},
     {"settings"},
     {"gateway", "client", "bench"},
+    {"simulator"},
     {"worker"},
     {"engine", "metrics", "transport"},
     {"kernels"},

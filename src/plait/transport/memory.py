@@ -10,6 +10,7 @@ Faults are called by name, or drawn beforehand from a seed (`draw_faults`) and p
 """
 
 import asyncio
+import contextvars
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -95,6 +96,8 @@ class MemoryNet:
         self._partitions: list[frozenset[str]] = []
         self._killed: set[str] = set()
         self._changed = asyncio.Event()
+        self.context = contextvars.copy_context()
+        """Of what happens on the wires: it is nobody's doing, and goes on if who wrote the bytes is gone."""
 
     def carrier(self, node: str) -> "MemoryCarrier":
         """What one node dials and listens with."""
@@ -144,7 +147,7 @@ class MemoryNet:
         """Let these faults happen, from now on."""
         loop = asyncio.get_running_loop()
         for fault in faults:
-            loop.call_later(fault.start_s, self._begin, fault)
+            loop.call_later(fault.start_s, self._begin, fault, context=self.context)
 
     def blocked(self, near: str, far: str) -> bool:
         return (
@@ -187,7 +190,8 @@ class MemoryNet:
             raise BadSetup(f"cannot listen at {address}: it is taken")
         if node in self._killed:
             raise BadSetup(f"cannot listen at {address}: node {node!r} was killed")
-        self._listening[address] = (node, accept)
+        own = contextvars.copy_context()  # what comes of a link belongs to who listens, not to who dials
+        self._listening[address] = (node, lambda link: own.copy().run(accept, link))
 
     def stop_listening(self, address: str) -> None:
         self._listening.pop(address, None)
@@ -287,7 +291,7 @@ class MemoryTransport(asyncio.Transport):
 
     def resume_reading(self) -> None:
         self._reading_paused = False
-        asyncio.get_running_loop().call_soon(self.other.deliver)
+        asyncio.get_running_loop().call_soon(self.other.deliver, context=self._net.context)
 
     def close(self) -> None:
         if not self._closing:
@@ -318,7 +322,7 @@ class MemoryTransport(asyncio.Transport):
         while self._queue and not receiver._reading_paused and not self._net.blocked(self.near, self.far):
             arrival_s, data = self._queue[0]
             if arrival_s > loop.time():
-                self._timer = loop.call_at(arrival_s, self.deliver)
+                self._timer = loop.call_at(arrival_s, self.deliver, context=self._net.context)
                 break
             self._queue.popleft()
             self._queued_bytes -= len(data)
@@ -339,7 +343,7 @@ class MemoryTransport(asyncio.Transport):
         self._queue.append((self._last_s, data))
         self._queued_bytes += len(data)
         if len(self._queue) == 1:
-            self._timer = loop.call_at(self._last_s, self.deliver)
+            self._timer = loop.call_at(self._last_s, self.deliver, context=self._net.context)
 
     def _take(self, data: bytes) -> None:
         if self._lost:
@@ -361,4 +365,5 @@ class MemoryTransport(asyncio.Transport):
         if not self._queue:
             self._net.forget(self)
         # What is on its way to the other end still arrives there; nothing arrives here any more.
-        asyncio.get_running_loop().call_soon(self._protocol.connection_lost, error)
+        loop = asyncio.get_running_loop()
+        loop.call_soon(self._protocol.connection_lost, error, context=self._net.context)

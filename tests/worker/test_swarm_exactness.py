@@ -19,6 +19,7 @@ from virtual_time import run_virtual
 
 from plait.errors import BadRequest
 from plait.kernels import native_available
+from plait.routing import RouteWish
 from plait.session import Constraint, GenerationRequest
 from plait.worker.swarm_engine import SwarmOptions
 
@@ -215,5 +216,40 @@ def test_what_a_swarm_does_not_do_is_refused_by_name() -> None:
                 with pytest.raises(BadRequest, match=why):
                     await rig.ask(tiny_request("x", prompt, 4))
             rig.check_all_free()
+
+    run_virtual(main())
+
+
+OVERLAPPING = {"a": range(4), "b": range(2, 6), "c": range(1, 3), "d": range(3, 6), "e": range(6)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sessions_cross_parts_of_spans_that_overlap(dtype: str) -> None:
+    """A chain enters a worker where the one before ends; sessions of different parts cross it at the same time."""
+    if dtype == "bfloat16" and not native_available:
+        pytest.skip("the CPU kernels are not built")
+    requests = [
+        tiny_request(f"{number}", some_prompt(12 + number, number), 20, seed=number, logprobs=1)
+        for number in range(12)
+    ]
+    expected = on_one_machine(requests, dtype)
+
+    async def main() -> None:
+        options = SwarmOptions(route=RouteWish(mode="throughput"), draft_tokens=2)
+        async with swarm(OVERLAPPING, options=options, dtype=dtype) as rig:
+            chains: set[tuple[tuple[int, int], ...]] = set()
+            asking = [asyncio.create_task(rig.ask(request)) for request in requests]
+            while not all(task.done() for task in asking):
+                chains |= {
+                    tuple((hop.first_block, hop.end_block) for hop in hops)
+                    for hops in rig.gateway.chains().values()
+                }
+                await asyncio.sleep(0)
+            for request, task in zip(requests, asking, strict=True):
+                same(task.result(), expected[str(request.id)])
+            await rig.settle()
+            rig.check_all_free()
+            whole = {(blocks.start, blocks.stop) for blocks in OVERLAPPING.values()}
+            assert any(hop not in whole for chain in chains for hop in chain)
 
     run_virtual(main())

@@ -121,7 +121,8 @@ def load_span_engine(
     if blocks.stop == len(spec.blocks):
         tokenizer = Tokenizer(options.folder, model_vocab_tokens=spec.vocab_tokens)
     build = _parts(options, checkpoint, blocks, tokenizer.vocab_tokens if tokenizer else spec.vocab_tokens)
-    hidden = None if blocks.start == 0 else spec.hidden
+    # A chain may also enter a span behind its first block: then what comes are hidden states.
+    hidden = None if blocks == range(1) else spec.hidden
     on_cpu = torch.device(options.device).type == "cpu"
     input_bytes = SpanInputs.page_bytes(options.block_tokens, hidden) if on_cpu else 0
     kv_blocks = _kv_blocks(options, build.extent_bytes + math.ceil(INPUTS_PER_KV_TOKEN * input_bytes))

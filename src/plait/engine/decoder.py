@@ -32,7 +32,14 @@ class SpanDecoder(Protocol):
     best: Sequence[Sequence[tuple[int, float]]]
     """Of the latest pass: for each chunk that asked for its best tokens, (id, logit), best first."""
 
-    def forward(self, chunks: Sequence[SequenceChunk], store: Any, hidden: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        chunks: Sequence[SequenceChunk],
+        store: Any,
+        hidden: Tensor | None = None,
+        *,
+        blocks: range | None = None,
+    ) -> Tensor:
         """Run the chunks over KV memory of this decoder's own layout; see `Decoder.forward`."""
         ...
 
@@ -58,8 +65,6 @@ class Decoder:
         self.blocks = weights.blocks
         self._dtype = dtype
         self._tables = FrequencyTables(torch.device(device))
-        self._embeds = self.blocks.start == 0
-        self._decides = self.blocks.stop == len(spec.blocks)
         self._embedding = weights.get(None, "embedding")
         self._embedding_in = linear_of(weights, None, "embedding_in")
         self._positions = weights.get(None, "positions")
@@ -72,28 +77,35 @@ class Decoder:
         self._final_norm = norm_of(weights, None, "final_norm", spec.final_norm, dtype)
         self._embedding_out = linear_of(weights, None, "embedding_out")
         head = weights.get(None, "embedding" if spec.tied_head else "head")
-        self._head = Linear(head, None) if self._decides and head is not None else None
+        decides = self.blocks.stop == len(spec.blocks)
+        self._head = Linear(head, None) if decides and head is not None else None
 
     @torch.inference_mode()
     def forward(
-        self, chunks: Sequence[SequenceChunk], store: KvStore, hidden: Tensor | None = None
+        self,
+        chunks: Sequence[SequenceChunk],
+        store: KvStore,
+        hidden: Tensor | None = None,
+        *,
+        blocks: range | None = None,
     ) -> Tensor:
-        """Run the chunks, writing their keys and values to the store.
+        """Run the chunks, writing their keys and values to the store; `blocks` are a part of the span, None all of it.
 
         `hidden` [tokens, hidden], in chunk order, comes from the span before, in any float type and on any device; the
         first span takes the token ids. A span that holds the last block returns logits, float32 [sum of logit_rows,
         vocab] in chunk order; another returns hidden states [tokens, hidden] in chunk order, in this decoder's type.
         """
         assert store.blocks == self.blocks and store.extents.dtype == self._dtype
+        blocks = self.blocks if blocks is None else blocks
         step = Step(chunks, store, self._tables, self._dtype)
-        if self._embeds:
+        if blocks.start == 0:
             flat = self._embed(step)
         else:
             assert hidden is not None
             flat = step.to_batch_order(hidden.to(store.extents.device, self._dtype))
-        for layer in self._layers:
-            flat = layer(flat, step)
-        if not self._decides:
+        for block in blocks:
+            flat = self._layers[block - self.blocks.start](flat, step)
+        if blocks.stop < len(self.spec.blocks):
             return step.to_chunk_order(flat)
         return self._logits(flat.index_select(0, step.logit_rows()))
 

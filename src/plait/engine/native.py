@@ -8,6 +8,7 @@ every sum has one order that follows from the sequence alone (docs/systems/cpu-i
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,10 @@ class NativeDecoder:
         block_tokens: int = 16,
         token_limit: int | None = None,
         collective: Any = None,
+        pool: Any = None,
     ) -> None:
-        """`token_limit`: ids from there on pad the vocabulary and are never among the best.
+        """`token_limit`: ids from there on pad the vocabulary and are never among the best. `pool`: threads that exist
+        already.
 
         Raises:
             BadSetup: the kernels cannot run this model.
@@ -164,9 +167,14 @@ class NativeDecoder:
         attention = spec.blocks[self.blocks.start].attention
         ranks = weights.shard.ranks
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        pool = _native.Pool(threads, cores[:threads] if threads <= len(cores) else [])
+        self._pool = pool or _native.Pool(threads, cores[:threads] if threads <= len(cores) else [])
+        self._token_limit = token_limit
+        self._kv_format, self._block_tokens = kv_format, block_tokens
+        self._single: dict[int, NativeDecoder] = {}
+        """Decoders of one block each, on the same weights and threads: for sessions that cross a part of the span."""
+        self._ran_single: Sequence[int] = ()
         self._decoder = _native.Decoder(
-            pool=pool,
+            pool=self._pool,
             weights=weights.arena.memory,
             model=self._model(token_limit or spec.vocab_tokens),
             kv_format=kv_format,
@@ -180,9 +188,14 @@ class NativeDecoder:
     # -- one pass --------------------------------------------------------------------------------------
 
     def forward(
-        self, chunks: Sequence[SequenceChunk], store: KvExtents, hidden: Tensor | None = None
+        self,
+        chunks: Sequence[SequenceChunk],
+        store: KvExtents,
+        hidden: Tensor | None = None,
+        *,
+        blocks: range | None = None,
     ) -> Tensor:
-        """Run the chunks, writing their keys and values to the store.
+        """Run the chunks, writing their keys and values to the store; `blocks` are a part of the span, None all of it.
 
         `hidden` [tokens, hidden] float32, in chunk order, comes from the span before; the first span takes the token
         ids. A span that holds the last block returns logits, float32 [sum of logit_rows of chunks that want all of
@@ -191,6 +204,45 @@ class NativeDecoder:
         Raises:
             EngineFailure: another rank of the tensor-parallel group failed.
         """
+        if blocks is not None and blocks != self.blocks:
+            return self._forward_part(chunks, store, hidden, blocks)
+        self._ran_single = ()
+        return self._forward(chunks, store.extents, hidden)
+
+    def _forward_part(
+        self, chunks: Sequence[SequenceChunk], store: KvExtents, hidden: Tensor | None, blocks: range
+    ) -> Tensor:
+        """One block after the other. What an extent holds of one block is an extent of a store of that block alone."""
+        layers = len(self.blocks)
+        extents = store.extents.view(store.kv_blocks * layers, -1)
+        tables = [np.asarray(chunk.kv_blocks, dtype=np.int64) * layers for chunk in chunks]
+        result = hidden
+        for block in blocks:
+            single = self._single.get(block)
+            if single is None:
+                single = self._single[block] = NativeDecoder(
+                    self.spec,
+                    replace(self._weights, blocks=range(block, block + 1)),
+                    threads=0,
+                    kv_format=self._kv_format,
+                    block_tokens=self._block_tokens,
+                    token_limit=self._token_limit,
+                    pool=self._pool,
+                )
+            layer = block - self.blocks.start
+            own = [
+                replace(chunk, kv_blocks=(table + layer).tolist())
+                for chunk, table in zip(chunks, tables, strict=True)
+            ]
+            result = single._forward(own, extents, result)
+            self.kernel_s += single.kernel_s
+            single.kernel_s = 0.0
+        self._ran_single = blocks
+        self.best = self._single[blocks[-1]].best
+        assert result is not None
+        return result
+
+    def _forward(self, chunks: Sequence[SequenceChunk], extents: Tensor, hidden: Tensor | None) -> Tensor:
         counts = [len(chunk.token_ids) for chunk in chunks]
         firsts = [0, *accumulate(counts)]
         table_starts = [0, *accumulate(len(chunk.kv_blocks) for chunk in chunks)]
@@ -225,7 +277,7 @@ class NativeDecoder:
                 tables=tables,
                 rope_tables=self._rope_tables(chunks, counts),
                 temperatures=self._temperatures(parts),
-                kv=store.extents,
+                kv=extents,
                 logit_rows=np.array(rows, dtype=np.int32),
                 logit_tops=np.array(tops, dtype=np.int32),
                 out_hidden=out_hidden,
@@ -246,7 +298,10 @@ class NativeDecoder:
 
     def non_finite(self) -> str:
         """Where the latest pass first met a value that is not finite (row and block); "" if nowhere."""
-        return self._decoder.non_finite()
+        for block in self._ran_single:
+            if where := self._single[block].non_finite():
+                return where
+        return "" if self._ran_single else self._decoder.non_finite()
 
     def phase_seconds(self) -> dict[str, float]:
         """Seconds of the latest pass by kind of work."""

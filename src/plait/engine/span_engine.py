@@ -1,10 +1,11 @@
 # pyright: standard
 """The engine of one span of a model's blocks: what every worker of a chain runs.
 
-Sessions cross the span. Each is fed inputs (token ids, and hidden states from the hop before unless the span begins the
-model), and every chunk of them that ran comes out: as hidden states for the hop after, or as sampled tokens where the
-span ends the model. One step is one forward pass over all sessions that have something to compute, as the scheduler's
-policy decides: prompts in chunks, KV blocks on demand.
+Sessions cross the span, or a part of it (`SpanSession.blocks`): "the span" below is a session's own. Each is fed
+inputs (token ids, and hidden states from the hop before unless the span begins the model), and every chunk of them
+that ran comes out: as hidden states for the hop after, or as sampled tokens where the span ends the model. One step
+is one forward pass over all sessions that have something to compute, as the scheduler's policy decides: prompts in
+chunks, KV blocks on demand.
 
 Positions of a session, all counted from its first token:
 
@@ -146,6 +147,7 @@ class SpanEngine:
         )
         live = self._sessions[session.id] = LiveSession(
             session=session,
+            blocks=self._blocks_of(session),
             answer=None
             if sampling is None
             else Answer(
@@ -275,34 +277,20 @@ class SpanEngine:
             self._sessions[SessionId(id)].started = True
         with torch.inference_mode():
             move_blocks(step, self._store, self._host_store)
-            passes = [self._prepare(chunk) for chunk in step.chunks]
-            result = None
-            if passes:
-                hidden = None
-                if not self.embeds:
-                    hidden = self._inputs.read(
-                        (each.live.pages, each.start, each.end - each.start) for each in passes
-                    )
-                result = self._decoder.forward([each.chunk for each in passes], self._store, hidden)
+            # Sessions that cross the same blocks share a pass; mostly that is all of them.
+            groups: dict[range, list[_Pass]] = {}
+            for chunk in step.chunks:
+                ran = self._prepare(chunk)
+                groups.setdefault(ran.live.blocks, []).append(ran)
+            results = [self._run(blocks, passes) for blocks, passes in groups.items()]
             self._scheduler.complete(step)
             self._step = None
-            if result is None:
+            if not results:
                 self._stalled = not (step.admitted or step.preempted)
                 return []
             self._steps += 1
             self._step_tokens += step.tokens
-            outputs: list[SpanOutput] = []
-            if self.decides:
-                self._sample(passes, result)
-                for each in passes:
-                    outputs += self._outputs(each, None)
-            else:
-                hidden = result.float().cpu()
-                first = 0
-                for each in passes:
-                    outputs += self._outputs(each, hidden[first : first + each.end - each.start])
-                    first += each.end - each.start
-            return outputs
+            return [output for result in results for output in self._take(result)]
 
     def load(self) -> SpanLoad:
         """How busy this span is; walks all sessions."""
@@ -359,7 +347,12 @@ class SpanEngine:
                 f"{self.max_model_tokens}",
                 param="max_tokens",
             )
-        if not self.decides:
+        blocks = self._blocks_of(session)
+        if not (self.blocks.start <= blocks.start < blocks.stop <= self.blocks.stop and blocks.step == 1):
+            raise BadRequest(
+                f"session {session.id!r} wants blocks {_named(blocks)}, and here are {_named(self.blocks)}"
+            )
+        if blocks.stop < len(self.spec.blocks):
             return None
         sampling = session.sampling
         if sampling is None:
@@ -382,10 +375,11 @@ class SpanEngine:
             )
         if min(token_ids) < 0 or max(token_ids) >= self.spec.vocab_tokens:
             raise BadRequest(f"token ids must be between 0 and {self.spec.vocab_tokens - 1}")
-        if self.embeds != (hidden is None):
+        embeds = live.blocks.start == 0
+        if embeds != (hidden is None):
             raise BadRequest(
-                f"session {session.id!r}: blocks {_named(self.blocks)} take "
-                + ("token ids and no hidden states" if self.embeds else "hidden states")
+                f"session {session.id!r}: blocks {_named(live.blocks)} take "
+                + ("token ids and no hidden states" if embeds else "hidden states")
             )
         if hidden is not None and (
             hidden.shape != (tokens, self.spec.hidden)
@@ -396,6 +390,9 @@ class SpanEngine:
                 f"session {session.id!r}: hidden states must be {tokens} rows of {self.spec.hidden} finite numbers, "
                 f"not {tuple(hidden.shape)} of {hidden.dtype}"
             )
+
+    def _blocks_of(self, session: SpanSession) -> range:
+        return self.blocks if session.blocks is None else session.blocks
 
     def _session(self, id: SessionId) -> LiveSession:
         live = self._sessions.get(id)
@@ -455,11 +452,42 @@ class SpanEngine:
             ),
         )
 
-    def _sample(self, passes: Sequence["_Pass"], logits: Tensor) -> None:
-        """Sample all rows that are due; `logits` are those of chunks that wanted all of them, in chunk order."""
-        best_tokens = iter(self._decoder.best)
+    def _run(self, blocks: range, passes: Sequence["_Pass"]) -> "_Result":
+        """One forward pass of sessions that cross the same blocks."""
+        hidden = None
+        if blocks.start > 0:
+            hidden = self._inputs.read(
+                (each.live.pages, each.start, each.end - each.start) for each in passes
+            )
+        result = self._decoder.forward([each.chunk for each in passes], self._store, hidden, blocks=blocks)
+        return _Result(
+            passes=passes,
+            decides=blocks.stop == len(self.spec.blocks),
+            result=result,
+            best=self._decoder.best,
+            non_finite=self._decoder.non_finite(),
+        )
+
+    def _take(self, ran: "_Result") -> list[SpanOutput]:
+        """What came of a forward pass."""
+        outputs: list[SpanOutput] = []
+        if ran.decides:
+            self._sample(ran)
+            for each in ran.passes:
+                outputs += self._outputs(each, None, ran.non_finite)
+            return outputs
+        hidden = ran.result.float().cpu()
+        first = 0
+        for each in ran.passes:
+            outputs += self._outputs(each, hidden[first : first + each.end - each.start], ran.non_finite)
+            first += each.end - each.start
+        return outputs
+
+    def _sample(self, ran: "_Result") -> None:
+        """Sample all rows that are due; the logits are those of chunks that wanted all of them, in chunk order."""
+        best_tokens = iter(ran.best)
         first_row = 0
-        for each in passes:
+        for each in ran.passes:
             chunk = each.chunk
             best = None
             if chunk.top_logits:
@@ -469,17 +497,17 @@ class SpanEngine:
                 due.first_row = first_row + offset
                 due.best = None if best is None else best[offset:]
             first_row += 0 if chunk.top_logits else chunk.logit_rows
-        due_rows = [due for each in passes for due in each.due]
-        for live, failure in sample_due(due_rows, logits, self._vocab_limit, self._decoder.non_finite):
+        due_rows = [due for each in ran.passes for due in each.due]
+        for live, failure in sample_due(due_rows, ran.result, self._vocab_limit, lambda: ran.non_finite):
             self._fail(live, failure)
 
-    def _outputs(self, ran: "_Pass", hidden: Tensor | None) -> list[SpanOutput]:
+    def _outputs(self, ran: "_Pass", hidden: Tensor | None, non_finite: str) -> list[SpanOutput]:
         """What a session's rows of the pass bring out; `hidden` are theirs, None where the model ends."""
         live = ran.live
         if live.session.id not in self._sessions:
             return []
         if hidden is not None and not all_finite(hidden):
-            where = self._decoder.non_finite() or f"blocks {_named(self.blocks)}"
+            where = non_finite or f"blocks {_named(live.blocks)}"
             failure = f"session {live.session.id!r}: activations stopped being finite in {where}"
             self._fail(live, EngineFailure(failure))
             return []
@@ -496,6 +524,17 @@ class _Pass:
     end: int
     due: list[DueRows]
     chunk: SequenceChunk
+
+
+@dataclass(slots=True, eq=False)
+class _Result:
+    """What one forward pass gave: logits where the model ends, hidden states elsewhere."""
+
+    passes: Sequence[_Pass]
+    decides: bool
+    result: Tensor
+    best: Sequence[Sequence[tuple[int, float]]]
+    non_finite: str
 
 
 def _named(blocks: range) -> str:

@@ -25,14 +25,16 @@ class SpanSession:
     """One sequence that will cross the span.
 
     `max_tokens` bounds prompt and answer together and must be the same at every hop (some models choose their rotary
-    frequencies by it); `prompt_tokens` of them are the prompt. `sampling`, `seed` and `sample_index` matter to the span
-    that ends the model. `arrived_unix_s`: when the request reached its gateway, by the gateway's clock; on every worker
-    the earlier session goes first, and the smaller id among equals.
+    frequencies by it); `prompt_tokens` of them are the prompt. `sampling`, `seed` and `sample_index` matter to the
+    span that ends the model. `blocks` are those that it crosses here, None all that there are; they end where they
+    end, also if the worker has more. `arrived_unix_s`: when the request reached its gateway, by the gateway's clock;
+    on every worker the earlier session goes first, and the smaller id among equals.
     """
 
     id: SessionId
     max_tokens: int
     prompt_tokens: int
+    blocks: range | None = None
     sampling: SamplingParams | None = None
     seed: int = 0
     sample_index: int = 0
@@ -159,6 +161,7 @@ class LiveSession:
     """A session between `SpanEngine.open` and `close`; the positions are those of span_engine.py's drawing."""
 
     session: SpanSession
+    blocks: range
     answer: Answer | None
     pages: list[int] = field(default_factory=list[int])
     feeds: deque[Feed] = field(default_factory=deque[Feed])

@@ -1,5 +1,7 @@
 """One span of a model in a swarm: takes sessions' messages from the network, runs the engine, sends on what comes out.
 
+A session crosses the span or a part of it: chains enter where the hop before ends, and leave where the next one begins.
+
 Everything but the forward pass happens on the event loop. The engine belongs to one task: between two steps it
 applies what has arrived (open, feed, close), then has a step run (`run_step`: in a thread, live), and hands the
 outputs to their sessions, which say what to send. So the engine is never touched while it computes, and every step
@@ -93,6 +95,7 @@ class _Live:
 
     session: HopSession
     opening: OpenSession
+    blocks: range
     heard_s: float
     stale_step: int = 0
     kept_bytes: int = 0
@@ -122,6 +125,7 @@ class SpanWorker:
         """Positions that have come out, times the blocks they went through."""
         self._network = network
         self._model = model
+        self._model_blocks = len(engine.spec.blocks)
         self._run_step = run_step
         self._options = options
         self._outbox = Outbox(network, self.on_lost)
@@ -281,6 +285,7 @@ class SpanWorker:
         live = _Live(
             session=HopSession(opening, own=self._network.peer, gateway=peer, facts=self._facts),
             opening=opening,
+            blocks=opening.hops[opening.index].blocks,
             heard_s=self._loop.time(),
             stale_step=self._step,
         )
@@ -296,10 +301,14 @@ class SpanWorker:
             return "no_capacity", "this worker is leaving"
         if opening.model != self._model:
             return "not_served", f"this worker serves another model than {opening.model!r}"
-        hop = opening.hops[opening.index] if opening.index < len(opening.hops) else None
-        if hop is None or hop.peer != self._network.peer or hop.blocks != self.blocks:
-            asked = "none of its own" if hop is None else f"{hop.first_block}:{hop.end_block}"
+        if opening.index >= len(opening.hops) or opening.hops[opening.index].peer != self._network.peer:
+            return "not_served", "this worker is not that hop"
+        blocks, last = opening.hops[opening.index].blocks, opening.index == len(opening.hops) - 1
+        if not (blocks and self.blocks.start <= blocks.start and blocks.stop <= self.blocks.stop):
+            asked = f"{blocks.start}:{blocks.stop}"
             return "not_served", f"this worker serves blocks {format_blocks(self.blocks)}, not {asked}"
+        if (opening.index == 0) != (blocks.start == 0) or last != (blocks.stop == self._model_blocks):
+            return "bad_request", "the chain does not begin or end where the model does"
         of_gateway = sum(live.session.gateway == peer for live in self._live.values())
         if len(self._live) >= self._options.max_sessions or of_gateway >= self._options.max_gateway_sessions:
             return "no_capacity", f"{len(self._live)} sessions cross this worker already"
@@ -326,6 +335,7 @@ class SpanWorker:
                     id=opening.session,
                     max_tokens=opening.max_tokens,
                     prompt_tokens=opening.prompt_tokens,
+                    blocks=live.blocks,
                     sampling=sampling,
                     seed=0 if wire is None else wire.seed,
                     sample_index=0 if wire is None else wire.sample_index,
@@ -468,9 +478,11 @@ class SpanWorker:
                 self._session_failed(id, _fault_code(failure), failure.message)
 
     def _hand_out(self, output: SpanOutput) -> None:
-        self.block_tokens_total += len(output.token_ids) * len(self.blocks)
         live = self._live.get(output.id)
-        if live is None or self._step <= live.stale_step:
+        if live is None:
+            return
+        self.block_tokens_total += len(output.token_ids) * len(live.blocks)
+        if self._step <= live.stale_step:
             return
         actions = live.session.on_output(
             output.start,

@@ -230,14 +230,19 @@ class TensorParallelDecoder:
         self._vocabularies = vocabularies(own.spec, plan.ranks)
 
     def forward(
-        self, chunks: Sequence[SequenceChunk], store: KvExtents, hidden: Tensor | None = None
+        self,
+        chunks: Sequence[SequenceChunk],
+        store: KvExtents,
+        hidden: Tensor | None = None,
+        *,
+        blocks: range | None = None,
     ) -> Tensor:
         """As `NativeDecoder.forward`, for a whole model.
 
         Raises:
             EngineLost: a rank failed, now or before.
         """
-        assert store is self._store and hidden is None
+        assert store is self._store and hidden is None and blocks is None
         self._group.check()
         tokens = sum(len(chunk.token_ids) for chunk in chunks)
         assert tokens <= self._plan.step_tokens, "the ranks have no room for such a sum"

@@ -42,7 +42,7 @@ from plait.wire import (
 
 TICKS_PER_HEARTBEAT = 4
 _MAX_UNANSWERED_PINGS = 16
-_MAX_PILED_BYTES = 1 << 20
+_MAX_PILED_BYTES = 1 << 18
 """Beyond the credit: pongs and credits that the other end does not read."""
 _MAX_CREDIT_BYTES = 1 << 40
 

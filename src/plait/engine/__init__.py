@@ -43,6 +43,7 @@ from plait.engine.packed_cache import KeptWeights, folder_beside, kept_weights, 
 from plait.engine.ranks import Rank, RankGroup, RankPlan, load_rank, vocabularies
 from plait.engine.sampling import SampledToken
 from plait.engine.span_engine import SpanEngine, SpanLoad
+from plait.engine.span_inputs import SpanInputs
 from plait.engine.span_session import SpanOutput, SpanSession
 from plait.engine.span_sizes import SpanSizes, computing_format, read_span_sizes
 from plait.engine.step import SequenceChunk
@@ -68,6 +69,7 @@ __all__ = [
     "SequenceChunk",
     "SpanDecoder",
     "SpanEngine",
+    "SpanInputs",
     "SpanLoad",
     "SpanOutput",
     "SpanSession",

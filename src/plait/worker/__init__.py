@@ -24,8 +24,9 @@ from plait.worker.async_engine import AsyncEngine, EngineState, LoadProgress, Se
 from plait.worker.follower import follow_elsewhere
 from plait.worker.llm import LLM, CompletionOutput, Logprob, RequestOutput
 from plait.worker.member import Member, MemberOptions
+from plait.worker.membership import MembershipLimits
 from plait.worker.span_source import SpanLimits, SpanSource, WeightSource, source_of_folder, source_of_swarm
-from plait.worker.swarm_engine import SwarmEngine, SwarmOptions
+from plait.worker.swarm_engine import SwarmEngine, SwarmModel, SwarmOptions
 from plait.worker.swarm_gateway import SwarmGateway
 from plait.worker.swarm_node import SwarmNode
 
@@ -38,12 +39,14 @@ __all__ = [
     "Logprob",
     "Member",
     "MemberOptions",
+    "MembershipLimits",
     "RequestOutput",
     "ServedModel",
     "SpanLimits",
     "SpanSource",
     "SwarmEngine",
     "SwarmGateway",
+    "SwarmModel",
     "SwarmNode",
     "SwarmOptions",
     "WeightSource",

@@ -7,6 +7,8 @@ terminal.py   lines, tables, JSON and progress bars; logs
 serving.py    an HTTP server from socket to graceful end: what `serve`, `demo` and `chat` stand on
 serve.py      plait serve
 demo.py       plait demo: serve the embedded model and ask it something
+miniature.py  its swarm: plait join processes of this machine, which end with it (leash.py)
+outlive.py    plait demo --kill: an answer that outlives a machine
 chat.py       plait chat
 generate.py   plait generate
 bench.py      plait bench serve

@@ -6,12 +6,14 @@ import signal
 import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from plait import __version__
 from plait.cli.flags import with_settings
+from plait.cli.leash import end_with_input, read_line
 from plait.cli.serving import LOOK_S, run_async
 from plait.cli.terminal import JsonFlag, bytes_bar, note, print_json, say
 from plait.errors import BadSetup, EngineFailure, PeerLost
@@ -31,7 +33,19 @@ RETRY_S = 0.5
 
 @with_settings(sections=("swarm", "engine", "kvcache", "scheduling", "log"), model=False)
 def join(
-    ticket: Annotated[str, typer.Argument(help="What `plait serve --swarm` printed.", metavar="TICKET")],
+    ticket: Annotated[
+        str,
+        typer.Argument(
+            help="What `plait serve --swarm` printed; - takes it from standard input.", metavar="TICKET"
+        ),
+    ],
+    until_input_ends: Annotated[
+        bool,
+        typer.Option(
+            "--until-input-ends",
+            help="End at once when standard input closes, so that a program that starts machines leaves none behind.",
+        ),
+    ] = False,
     json: JsonFlag = False,
     *,
     settings: Settings,
@@ -41,6 +55,14 @@ def join(
     The ticket says where the swarm is and lets this machine in. The model's files are found on this machine, or come
     from the swarm. Ctrl-C or `plait leave` hands the sessions over and leaves; a second Ctrl-C ends at once.
     """
+    if ticket == "-":
+        # Imports take seconds, so they come first: who starts machines can do so before there is a ticket.
+        import_module("plait.worker")
+        ticket = read_line()
+        if not ticket and until_input_ends:
+            return
+    if until_input_ends:
+        end_with_input()
     run_async(_join(settings, ticket, json=json))
     if not json:
         say("left")

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 # Members of swarms that run at the same time for one user on one machine.
 MAX_SEATS = 64
+# A record holds for so many of its announcements, and not less than so long: others' clocks differ by seconds.
+MISSED_ANNOUNCEMENTS = 6
+MIN_RECORD_LIFE_S = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +108,7 @@ def make_node(
 ) -> "SwarmNode":
     """A place in a swarm over TLS, not entered yet."""
     from plait.transport import TlsCarrier
-    from plait.worker import SwarmNode
+    from plait.worker import MembershipLimits, SwarmNode
 
     return SwarmNode(
         seat.identity,
@@ -115,6 +118,10 @@ def make_node(
         advertise=[f"tls://{address}" for address in settings.swarm.advertise],
         introducers=() if ticket is None else ticket.peers,
         rng=rng,
+        membership_limits=MembershipLimits(
+            announce_s=settings.swarm.announce_s,
+            life_s=max(MIN_RECORD_LIFE_S, MISSED_ANNOUNCEMENTS * settings.swarm.announce_s),
+        ),
     )
 
 

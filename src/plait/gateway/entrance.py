@@ -25,7 +25,7 @@ from plait.metrics import ServingMetrics
 log = logging.getLogger("plait.access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
-_POLLED = frozenset({"/status", "/health", "/healthz", "/readyz", "/metrics"})
+_POLLED = frozenset({"/status", "/swarm/status", "/health", "/healthz", "/readyz", "/metrics"})
 """Asked every few seconds by pages and monitors: their successes are of no interest in a log."""
 _HOSTNAME = socket.gethostname().lower()
 _CLIENT_GONE = 499

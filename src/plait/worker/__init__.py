@@ -23,9 +23,12 @@ swarm_gateway.py     that, a member, and what the gateway's HTTP side asks
 from plait.worker.async_engine import AsyncEngine, EngineState, LoadProgress, ServedModel
 from plait.worker.follower import follow_elsewhere
 from plait.worker.llm import LLM, CompletionOutput, Logprob, RequestOutput
+from plait.worker.lookout import Lookout
 from plait.worker.member import Member, MemberOptions
+from plait.worker.membership import Membership
 from plait.worker.membership import MembershipLimits
 from plait.worker.span_source import SpanLimits, SpanSource, WeightSource, source_of_folder, source_of_swarm
+from plait.worker.span_worker import SpanWorker, SpanWorkerOptions
 from plait.worker.swarm_engine import SwarmEngine, SwarmModel, SwarmOptions
 from plait.worker.swarm_gateway import SwarmGateway
 from plait.worker.swarm_node import SwarmNode
@@ -37,13 +40,17 @@ __all__ = [
     "EngineState",
     "LoadProgress",
     "Logprob",
+    "Lookout",
     "Member",
     "MemberOptions",
+    "Membership",
     "MembershipLimits",
     "RequestOutput",
     "ServedModel",
     "SpanLimits",
     "SpanSource",
+    "SpanWorker",
+    "SpanWorkerOptions",
     "SwarmEngine",
     "SwarmGateway",
     "SwarmModel",

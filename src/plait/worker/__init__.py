@@ -25,8 +25,7 @@ from plait.worker.follower import follow_elsewhere
 from plait.worker.llm import LLM, CompletionOutput, Logprob, RequestOutput
 from plait.worker.lookout import Lookout
 from plait.worker.member import Member, MemberOptions
-from plait.worker.membership import Membership
-from plait.worker.membership import MembershipLimits
+from plait.worker.membership import Membership, MembershipLimits
 from plait.worker.span_source import SpanLimits, SpanSource, WeightSource, source_of_folder, source_of_swarm
 from plait.worker.span_worker import SpanWorker, SpanWorkerOptions
 from plait.worker.swarm_engine import SwarmEngine, SwarmModel, SwarmOptions

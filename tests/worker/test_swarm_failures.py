@@ -108,6 +108,25 @@ def test_several_workers_lost_at_once(places: tuple[int, ...], expected: list[in
     run_virtual(disturbed(kill, expected, options=SwarmOptions(draft_tokens=3)))
 
 
+def test_a_worker_is_replaced_by_several_and_by_a_part_of_another(expected: list[int]) -> None:
+    async def kill(rig: SwarmRig, answer: Answer) -> None:
+        await until(answer, 11)
+        await rig.add("p", range(1, 3))
+        await rig.add("q", range(3, 6))
+        await rig.kill("b")
+        await until(answer, 25)
+        spans = [hop.blocks for hop in next(iter(rig.gateway.chains().values()))]
+        assert spans == [range(2), range(2, 3), range(3, 4), range(4, 6)]
+        await rig.add("r", range(6))
+        await rig.kill("q")
+        await until(answer, 40)
+        await rig.kill("c")
+        await until(answer, 50)
+        await rig.kill("p")
+
+    run_virtual(disturbed(kill, expected, spans=SPANS))
+
+
 def test_a_replacement_lost_during_its_replay(expected: list[int]) -> None:
     for steps in (1, 5, 10, 20, 40):
 

@@ -33,7 +33,7 @@ _FLOAT32_BYTES = 4
 class SpanInputs:
     """Pages of `page_tokens` inputs; the tables that say which pages a session has are the caller's.
 
-    `hidden` None is for the span that begins the model: its inputs are token ids, which the scheduler knows, so pages
+    `hidden` None is for the model's first block alone: its inputs are token ids, which the scheduler knows, so pages
     are only counted. The same bound on what may wait then holds for every span.
     """
 

@@ -105,7 +105,7 @@ def _capacity(record: PeerRecord, cost: BlockCost, context_tokens: int) -> int:
 def _sets(
     view: SwarmView, records: Sequence[PeerRecord], capacity: dict[PeerId, int]
 ) -> tuple[Machines, ...]:
-    delay_s = delays_s(records, records, either_way=True)
+    delay_s = delays_s(records, either_way=True)
     rings = _shortest_rings(delay_s)
     block_s = [1 / (record.rates.decode_tokens_per_s or DEFAULT_DECODE_TOKENS_PER_S) for record in records]
     hop_s = [HOP_OVERHEAD_S + _transfer_s(record) for record in records]

@@ -61,7 +61,7 @@ class ChainGraph:
     entering_used_blocks: Floats
     leaving: slice
     stages: tuple[Stage, ...]
-    either_way: bool
+    closing_delay_s: Floats
 
     @property
     def servers(self) -> int:
@@ -106,6 +106,7 @@ def chain_graph(
     records = tuple(server[0] for server in servers)
     start = np.array([server[1] for server in servers], dtype=np.intp)
     end = np.array([server[2] for server in servers], dtype=np.intp)
+    delay_s = delays_s(records, either_way=either_way)
     entry_s, exit_s = _outside_delays_s(view, records, after, before, either_way)
     entering = np.flatnonzero(start <= blocks.start)
     stages: list[Stage] = []
@@ -123,7 +124,7 @@ def chain_graph(
                 boundary=boundary,
                 arriving=slice(low, high),
                 holding=holding,
-                delay_s=delays_s(records[low:high], [records[i] for i in holding], either_way),
+                delay_s=delay_s[low:high, holding],
                 used_blocks=(end[holding] - boundary).astype(np.float64),
             )
         )
@@ -140,7 +141,7 @@ def chain_graph(
         entering_used_blocks=(end[entering] - blocks.start).astype(np.float64),
         leaving=leaving,
         stages=tuple(stages),
-        either_way=either_way,
+        closing_delay_s=delay_s[leaving][:, entering],
     )
 
 
@@ -189,20 +190,22 @@ def _usable_servers(
     return usable
 
 
-def delays_s(senders: Sequence[PeerRecord], receivers: Sequence[PeerRecord], either_way: bool) -> Floats:
-    """One-way delays, [senders, receivers]. Only neighbours are looked up: a fifth of all pairs, and dicts are
-    slow."""
-    rtts_s = _known_rtts_s(senders, receivers)
-    if either_way and np.isnan(rtts_s).any():
-        rtts_s = np.where(np.isnan(rtts_s), _known_rtts_s(receivers, senders).T, rtts_s)
+def delays_s(records: Sequence[PeerRecord], *, either_way: bool) -> Floats:
+    """One way between any two of these peers, [senders, receivers]; `either_way` as in `chain_graph`."""
+    numbers = {record.peer: number for number, record in enumerate(records)}
+    counts = [len(record.rtts_s) for record in records]
+    # A large swarm has tens of thousands of round trips: no loop of Python's own over them.
+    pinged = itertools.chain.from_iterable(record.rtts_s for record in records)
+    receivers = np.fromiter(map(numbers.get, pinged, itertools.repeat(-1)), dtype=np.intp, count=sum(counts))
+    values = itertools.chain.from_iterable(record.rtts_s.values() for record in records)
+    known = np.fromiter(values, dtype=np.float64, count=sum(counts))
+    senders = np.repeat(np.arange(len(records)), counts)
+    here = receivers >= 0
+    rtts_s = np.full((len(records), len(records)), np.nan)
+    rtts_s[senders[here], receivers[here]] = known[here]
+    if either_way:
+        rtts_s = np.where(np.isnan(rtts_s), rtts_s.T, rtts_s)
     return one_way_delay_s(rtts_s)
-
-
-def _known_rtts_s(tellers: Sequence[PeerRecord], others: Sequence[PeerRecord]) -> Floats:
-    peers = [record.peer for record in others]
-    unknown = itertools.repeat(math.nan)
-    rows = itertools.chain.from_iterable(map(record.rtts_s.get, peers, unknown) for record in tellers)
-    return np.fromiter(rows, dtype=np.float64, count=len(tellers) * len(others)).reshape(len(tellers), -1)
 
 
 def _outside_delays_s(

@@ -26,7 +26,7 @@ import numpy as np
 
 from plait.ids import PeerId
 from plait.routing.costs import CACHE_PENALTY_S, SumCost, cache_is_short, seconds_per_block
-from plait.routing.graph import ChainGraph, Floats, delays_s
+from plait.routing.graph import ChainGraph, Floats
 from plait.routing.path_values import PathValues
 from plait.routing.sweep import Path, edges, shortest_path, ways_to_go
 
@@ -112,15 +112,10 @@ def _tokens_of_others(sessions: Floats, pass_s: Floats, row_s: Floats, round_s: 
 
 
 def _closing_delays_s(graph: ChainGraph) -> Floats:
-    """One way from last hops to first hops, [leaving, entering]; nothing from a server to itself."""
-    leaving = range(graph.leaving.start, graph.leaving.stop)
-    closing_s = delays_s(
-        [graph.records[server] for server in leaving],
-        [graph.records[int(server)] for server in graph.entering],
-        graph.either_way,
-    )
-    closing_s[np.array(leaving)[:, None] == graph.entering] = 0.0
-    return closing_s
+    """From last hops to first hops, [leaving, entering]; nothing from a server to itself."""
+    first = graph.entering - graph.leaving.start  # counted among those that leave
+    last = np.arange(len(graph.closing_delay_s), dtype=np.intp)
+    return np.where(last[:, None] == first, 0.0, graph.closing_delay_s)
 
 
 def _shortest_round(graph: ChainGraph, cost: SumCost, closing_s: Floats | None) -> tuple[float, Path]:

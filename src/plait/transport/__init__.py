@@ -11,7 +11,7 @@ memory.py       carrier: nodes in one process, with delays and faults from a see
 identity.py     a machine's ed25519 key
 ticket.py       the swarm's secret, and tickets to join it
 limits.py       times and bounds
-estimate.py     round trip and bandwidth
+estimate.py     round trip and bandwidth; traffic.py: what has passed
 """
 
 from plait.transport.estimate import LinkEstimate
@@ -22,6 +22,7 @@ from plait.transport.memory import Fault, FaultKind, MemoryCarrier, MemoryNet, W
 from plait.transport.network import Network, OnLost, OnMessage
 from plait.transport.sockets import TcpCarrier, TlsCarrier, UnixCarrier
 from plait.transport.ticket import SwarmSecret, Ticket, TicketPeer, TicketSecret
+from plait.transport.traffic import LinkTraffic
 
 __all__ = [
     "Carrier",
@@ -30,6 +31,7 @@ __all__ = [
     "Identity",
     "Link",
     "LinkEstimate",
+    "LinkTraffic",
     "Listener",
     "MemoryCarrier",
     "MemoryNet",

@@ -110,6 +110,8 @@ class Connection:
         # Liveness.
         self._ticks = 0
         self._silent_ticks = 0
+        self.missed_heartbeats = 0
+        """Heartbeats of the other end that were due and did not come."""
         self._seen_bytes = -1
         self._pings: dict[int, float] = {}
         self._least_rtt_s = math.inf
@@ -247,6 +249,8 @@ class Connection:
             self._silent_ticks = 0
         else:
             self._silent_ticks += 1
+            # One tick late is only jitter: the other end's clock ticks at other moments.
+            self.missed_heartbeats += self._silent_ticks % TICKS_PER_HEARTBEAT == 1 and self._silent_ticks > 1
         silent_s = self._silent_ticks * self._limits.heartbeat_s / TICKS_PER_HEARTBEAT
         if silent_s >= self._limits.dead_after_s:
             raise PeerLost(f"it has been silent for {silent_s:g} s")

@@ -59,13 +59,15 @@ class Link(asyncio.BufferedProtocol):
 
     `name` says where it leads, for the log. `peer` is the identity that the carrier has proved, if it does so; it is
     set when the link opens. `limits` are a stranger's until somebody raises them. `received_bytes` grows with
-    everything that arrives. `on_writable` is called when there is room again after there was none.
+    everything that arrives, `sent_bytes` with everything that is written. `on_writable` is called when there is room
+    again after there was none.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.peer: PeerId | None = None
         self.received_bytes = 0
+        self.sent_bytes = 0
         self.on_writable: Callable[[], None] | None = None
         self._reader = FrameReader(HANDSHAKE_LIMITS)
         self._frames: deque[Frame] = deque()
@@ -120,9 +122,11 @@ class Link(asyncio.BufferedProtocol):
         if self._failure is not None or self._transport is None:
             raise self._lost()
         parts = encode_frame(header, buffers)
+        size_bytes = sum(map(len, parts))
+        self.sent_bytes += size_bytes
         if len(parts) == 1:
             self._transport.write(parts[0])
-        elif sum(map(len, parts)) <= _JOINED_BYTES:
+        elif size_bytes <= _JOINED_BYTES:
             self._transport.write(b"".join(parts))
         else:
             for part in parts:

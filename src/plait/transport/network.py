@@ -14,7 +14,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
@@ -29,6 +29,7 @@ from plait.transport.link import Carrier, Link, LinkClosed, Listener
 from plait.transport.splice import Splices, SpliceTransport
 from plait.transport.ticket import SwarmSecret, TicketSecret
 from plait.transport.tls import TlsContexts
+from plait.transport.traffic import NOTHING, LinkTraffic
 from plait.wire import (
     NONCE_BYTES,
     Buffer,
@@ -73,6 +74,7 @@ class _Peer:
     retry_s: float = 0.0
     failure: str = ""
     banned_until_s: float = 0.0
+    before: LinkTraffic = NOTHING  # over the links that have ended
 
 
 def _drop_message(peer: PeerId, message: Message, tensors: tuple[memoryview, ...]) -> None:
@@ -297,6 +299,21 @@ class Network:
             return None
         estimate = known.estimate if known.connection is None else known.connection.estimate
         return estimate if estimate.rtt_s or estimate.bandwidth_bytes_per_s else None
+
+    def traffic(self, peer: PeerId) -> LinkTraffic:
+        """What has passed between this member and a peer, as long as it is known."""
+        known = self._peers.get(peer)
+        if known is None:
+            return NOTHING
+        before, connection = known.before, known.connection
+        if connection is None:
+            return before
+        return replace(
+            before,
+            sent_bytes=before.sent_bytes + connection.link.sent_bytes,
+            received_bytes=before.received_bytes + connection.link.received_bytes,
+            missed_heartbeats=before.missed_heartbeats + connection.missed_heartbeats,
+        )
 
     def connected(self) -> frozenset[PeerId]:
         """The peers that there is a link to."""
@@ -622,6 +639,7 @@ class Network:
         """A link is over; told once."""
         if known.connection is not connection:
             return
+        known.before = replace(self.traffic(known.id), losses=known.before.losses + 1)
         known.connection = None
         known.estimate = connection.estimate
         known.failure = reason

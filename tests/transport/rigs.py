@@ -56,7 +56,7 @@ class Rig:
             case _:
                 self.address = f"{self.kind}://127.0.0.1:0"
 
-    def run(self, work: Coroutine[Any, Any, None]) -> None:
+    def run(self, work: Coroutine[Any, Any, object]) -> None:
         """Over memory in virtual time, otherwise in real time."""
         if self.kind == "memory":
             run_virtual(work)
@@ -170,7 +170,7 @@ class SplicedRig:
     def __init__(self) -> None:
         self.net = MemoryNet()
 
-    def run(self, work: Coroutine[Any, Any, None]) -> None:
+    def run(self, work: Coroutine[Any, Any, object]) -> None:
         run_virtual(work)
 
     @asynccontextmanager

@@ -146,7 +146,7 @@ class Ticket:
         """One word, to be copied."""
         secret = self.secret
         written = msgspec.msgpack.encode(_Written(secret.door, secret.key, secret.expires_unix_s, self.peers))
-        return PREFIX + base64.urlsafe_b64encode(_checksum(written) + written).decode().rstrip("=")
+        return PREFIX + _encoded(_checksum(written) + written)
 
     @classmethod
     def parse(cls, text: str, *, unix_now_s: float) -> Self:
@@ -162,7 +162,7 @@ class Ticket:
         try:
             decoded = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)
             checksum, written = decoded[:_CHECKSUM_BYTES], decoded[_CHECKSUM_BYTES:]
-            if checksum != _checksum(written):
+            if checksum != _checksum(written) or _encoded(decoded) != body:
                 raise ValueError
             fields = msgspec.msgpack.decode(written, type=_Written)
         except ValueError:  # msgspec's errors are ValueErrors too
@@ -174,6 +174,10 @@ class Ticket:
             secret=TicketSecret(fields.door, fields.key, fields.expires_unix_s),
             peers=fields.peers,
         )
+
+
+def _encoded(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
 def _checksum(written: bytes) -> bytes:

@@ -166,11 +166,15 @@ def test_a_span_is_claimed_before_it_is_loaded() -> None:
             await asyncio.sleep(2.0)
             claimed = it.record("slow", "first")
             assert claimed is not None and claimed.state == "joining" and claimed.span == range(3, 6)
+            assert claimed.progress.stage == "reading weights" and claimed.progress.total_bytes == 1
             third = await it.add("third", InlineSupply(load_s=0.1))
             await third.wait_settled()
             assert third.blocks.start in (0, 3)
             await slow.wait_settled()
             assert slow.state == "online"
+            await asyncio.sleep(2.0)
+            serving = it.record("slow", "first")
+            assert serving is not None and not serving.progress.stage
 
     run_virtual(run())
 

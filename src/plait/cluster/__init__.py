@@ -9,6 +9,7 @@ bans.py          which peers are avoided after a failure, and for how long
 from plait.cluster.bans import Ban, Bans
 from plait.cluster.peer_record import (
     PeerLoad,
+    PeerProgress,
     PeerRates,
     PeerRecord,
     PeerState,
@@ -22,6 +23,7 @@ __all__ = [
     "Ban",
     "Bans",
     "PeerLoad",
+    "PeerProgress",
     "PeerRates",
     "PeerRecord",
     "PeerState",

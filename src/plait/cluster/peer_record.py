@@ -73,6 +73,18 @@ class PeerLoad:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PeerProgress:
+    """How far a peer is that joins: what it does, bytes done, and bytes in all; a total of 0 is unknown."""
+
+    stage: str = ""
+    done_bytes: int = 0
+    total_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        _check_amounts(self, "done_bytes", "total_bytes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PeerTerms:
     """What it costs to use a peer and how long it tends to stay; 0 is unknown.
 
@@ -94,7 +106,8 @@ class PeerRecord:
 
     `model`: fingerprint of the model it serves. `first_block`, `end_block`: its span, half open; both 0 is none.
     `addresses`: where it can be dialled ("tls://192.0.2.4:7000"). `through`: peers that splice to it when it cannot.
-    `rtts_s`: smoothed round trips from it to others; infinite where the last one failed.
+    `rtts_s`: smoothed round trips from it to others; infinite where the last one failed. `progress`: of its loading,
+    while it is joining.
 
     Raises:
         ValueError: the record cannot be true, or is larger than any real one. (msgspec turns this into its own
@@ -111,6 +124,7 @@ class PeerRecord:
     through: tuple[PeerId, ...] = ()
     rates: PeerRates = PeerRates()
     load: PeerLoad = PeerLoad()
+    progress: PeerProgress = PeerProgress()
     terms: PeerTerms = PeerTerms()
     rtts_s: dict[PeerId, float] = field(default_factory=dict[PeerId, float])
     weight_format: str = ""
@@ -131,8 +145,8 @@ class PeerRecord:
             raise ValueError(f"state {self.state!r} is none of {', '.join(get_args(PeerState))}")
         if len(self.addresses) > MAX_ADDRESSES or len(self.through) > MAX_ADDRESSES:
             raise ValueError(f"more than {MAX_ADDRESSES} addresses")
-        texts = (self.name, self.model, self.weight_format, self.kv_format, self.version, *self.addresses)
-        if any(len(text) > MAX_TEXT for text in texts):
+        texts = (self.name, self.model, self.weight_format, self.kv_format, self.version, self.progress.stage)
+        if any(len(text) > MAX_TEXT for text in (*texts, *self.addresses)):
             raise ValueError(f"a text of more than {MAX_TEXT} characters")
         for peer in self.through:
             check_peer_id(peer)

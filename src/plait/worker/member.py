@@ -17,8 +17,16 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
-from plait import __version__
-from plait.cluster import PeerLoad, PeerRates, PeerRecord, PeerState, PeerTerms, SwarmView, format_blocks
+from plait.cluster import (
+    PeerLoad,
+    PeerProgress,
+    PeerRates,
+    PeerRecord,
+    PeerState,
+    PeerTerms,
+    SwarmView,
+    format_blocks,
+)
 from plait.errors import EngineFailure, PeerLost, ServingError
 from plait.ids import PeerId
 from plait.placement import better_span, choose_span
@@ -31,6 +39,8 @@ from plait.worker.swarm_node import SwarmNode
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.05
+# How often a machine that joins says how far it is.
+PROGRESS_S = 1.0
 # Holders of a block that links are kept to, so that their round trips are known: as many as PETALS pings.
 PINGED_HOLDERS = 5
 
@@ -78,6 +88,7 @@ class MemberOptions:
     balance_quality: float = 0.75
     ping_s: float = 5.0
     drain_timeout_s: float = 30.0
+    version: str = ""
     terms: PeerTerms = field(default_factory=PeerTerms)
 
 
@@ -288,11 +299,12 @@ class Member:
                 addresses=self.node.addresses,
                 rates=replace(self._rates, network_tokens_per_s=self._network_tokens_per_s()),
                 load=self.load,
+                progress=self._told_progress(state),
                 terms=self.options.terms,
                 weight_format=supply.weight_format,
                 kv_format=supply.kv_format,
                 memory_bytes=supply.memory_bytes,
-                version=__version__,
+                version=self.options.version,
             )
         )
 
@@ -303,10 +315,17 @@ class Member:
         best = max((each.bandwidth_bytes_per_s for each in estimates if each is not None), default=0.0)
         return best / self.supply.hidden_bytes
 
+    def _told_progress(self, state: PeerState) -> PeerProgress:
+        if state != "joining":
+            return PeerProgress()
+        now = self.progress
+        return PeerProgress(stage=now.stage, done_bytes=now.done_bytes, total_bytes=now.total_bytes)
+
     async def _announce_often(self) -> None:
         while not self._left.is_set():
-            await asyncio.sleep(self.options.announce_s)
-            if self.state in ("online", "draining"):
+            joining, announce_s = self.state == "joining", self.options.announce_s
+            await asyncio.sleep(min(announce_s, PROGRESS_S) if joining else announce_s)
+            if self.state in ("online", "draining") or (self.blocks and self.state == "joining"):
                 self._say(self.state, self.blocks)
 
     async def _ping_often(self) -> None:

@@ -6,9 +6,8 @@
 import os
 from typing import TYPE_CHECKING
 
-from plait.session import Constraint, SamplingParams
-
 if TYPE_CHECKING:
+    from plait.session import Constraint, SamplingParams
     from plait.worker import LLM
 
 # Before torch loads its OpenMP, which reads this once: threads that spin while they wait for each other lose a
@@ -21,9 +20,13 @@ __all__ = ["LLM", "Constraint", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    # torch takes seconds to import: only those who touch LLM pay for it.
+    # torch takes seconds to import, numpy a part of one: only those pay for it who touch what needs it.
     if name == "LLM":
         from plait.worker import LLM
 
         return LLM
+    if name in ("Constraint", "SamplingParams"):
+        import plait.session
+
+        return getattr(plait.session, name)
     raise AttributeError(f"module 'plait' has no attribute {name!r}")

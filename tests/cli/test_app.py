@@ -14,6 +14,10 @@ from plait.settings import setting_facts
 
 VERBS = (
     "serve",
+    "join",
+    "status",
+    "leave",
+    "route",
     "chat",
     "generate",
     "demo",

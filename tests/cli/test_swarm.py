@@ -120,6 +120,17 @@ def test_a_route_can_be_asked_for_without_a_request(pair: Swarm) -> None:
     assert answer["front"]["exact"] and answer["front"]["members"]
 
 
+def test_the_route_is_printed_with_its_front(pair: Swarm, plait: InProcess) -> None:
+    base_url = pair.origin + "/v1"
+    shown = plait("route", "--mode", "exact", "--base-url", base_url)
+    assert shown.exit_code == 0, shown.stderr
+    assert "back 3:6" in shown.stdout
+    routed = json.loads(plait("route", "--mode", "latency", "--base-url", base_url, "--json").stdout)
+    assert routed["mode"] == "latency" and routed["expected_step_s"] > 0
+    refused = plait("route", "--mode", "fastest", "--base-url", base_url)
+    assert refused.exit_code == 2 and "unknown" in refused.stderr
+
+
 def test_a_ticket_that_is_none_is_one_sentence(plait: InProcess) -> None:
     result = plait("join", "plait1nonsense")
     assert result.exit_code == 2

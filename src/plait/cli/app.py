@@ -19,6 +19,7 @@ from plait.cli.generate import generate
 from plait.cli.join import join
 from plait.cli.keys import token
 from plait.cli.models import models, pull
+from plait.cli.route import route
 from plait.cli.serve import serve
 from plait.cli.show_settings import show_settings
 from plait.cli.swarm_commands import leave, status
@@ -52,7 +53,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 it failed, 2 the command or this machine is not set up for it.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (serve, join, status, leave, chat, generate, demo, models, pull, cache, doctor):
+for _command in (serve, join, status, leave, route, chat, generate, demo, models, pull, cache, doctor):
     app.command()(_command)
 app.add_typer(bench, name="bench")
 app.add_typer(token, name="token")

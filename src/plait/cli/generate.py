@@ -3,15 +3,17 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from plait.cli.flags import ENGINE_SECTIONS, with_settings
 from plait.cli.terminal import JsonFlag, bytes_bar, print_json, say
 from plait.errors import BadSetup
-from plait.session import SamplingParams
 from plait.settings import Settings
+
+if TYPE_CHECKING:
+    from plait.session import SamplingParams
 
 STDIN = "-"
 
@@ -40,6 +42,8 @@ def generate(
         raise BadSetup(
             'no prompt is given; for example: plait generate tiny "Once upon a time", or - for standard input'
         )
+    from plait.session import SamplingParams
+
     texts = [sys.stdin.read() if prompt == STDIN else prompt for prompt in prompts]
     # Checked before a model is loaded for it.
     params = SamplingParams(
@@ -57,7 +61,7 @@ def generate(
 
 
 def _run(
-    settings: Settings, texts: Sequence[str], params: SamplingParams, *, chat: bool
+    settings: Settings, texts: Sequence[str], params: "SamplingParams", *, chat: bool
 ) -> list[dict[str, Any]]:
     from plait.cli.options import engine_options
     from plait.worker import LLM

@@ -2,14 +2,15 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 from swarm_rig import Answer, SwarmRig, cut_at, on_one_machine, some_prompt, swarm, tiny_request
 from virtual_time import run_virtual
 
-from plait.errors import NoCapacity, NoRoute
+from plait.errors import BadRequest, NoCapacity, NoRoute
 from plait.kernels import native_available
-from plait.session import SessionTimes
+from plait.session import RouteAsk, SessionTimes
 from plait.worker.swarm_engine import SwarmOptions
 
 # A replay computes in other batches than the first time: what gives the same bits in any batch gives the same tokens.
@@ -204,6 +205,66 @@ def test_a_holder_that_returns_before_the_deadline_resumes_the_answer(lost: str,
         await rig.revive(lost)
 
     run_virtual(disturbed(kill, expected, spans=SPANS))
+
+
+def test_a_machine_that_was_restarted_is_used_again_at_once(expected: list[int]) -> None:
+    async def kill(rig: SwarmRig, answer: Answer) -> None:
+        loop = asyncio.get_running_loop()
+        await until(answer, 5)
+        await rig.kill("b")
+        await asyncio.sleep(40)
+        known = len(answer.token_ids[0])
+        began_s = loop.time()
+        await rig.revive("b")
+        await until(answer, known + 1)
+        assert loop.time() - began_s < 0.5
+        # However often it was tried in vain, it has failed once.
+        assert rig.gateway.counts().banned_total == 1
+        assert not rig.gateway.lookout.view().banned
+
+    run_virtual(disturbed(kill, expected, spans=SPANS))
+
+
+def test_a_machine_that_was_lost_is_left_out_though_its_record_goes_on(expected: list[int]) -> None:
+    async def main() -> None:
+        async with swarm(TWICE, dtype=DTYPE) as rig:
+            answer = Answer()
+            asking = asyncio.create_task(rig.ask(REQUEST, answer))
+            await until(answer, 1)
+            chain = rig.chain()
+            await asking
+            for name in chain[:2]:
+                await rig.kill(name)
+            view = rig.gateway.lookout.view()
+            assert {record.name for record in view.records.values()} == set(TWICE) - set(chain[:2])
+            for _ in range(4):
+                assert (await rig.ask(REQUEST)).token_ids[0] == expected
+            assert not rig.gateway.counts().recoveries_total
+            rig.check_all_free()
+
+    run_virtual(main())
+
+
+def test_pinned_machines_are_looked_up_once(expected: list[int]) -> None:
+    request = replace(REQUEST, route=RouteAsk(pinned=("a", "B", "c")))
+
+    async def main() -> None:
+        async with swarm(TWICE, dtype=DTYPE) as rig:
+            answer = Answer()
+            asking = asyncio.create_task(rig.ask(request, answer))
+            await until(answer, 9)
+            assert rig.chain() == ["a", "B", "c"]
+            await rig.kill("B")
+            rig.hosts["B"].record = replace(rig.hosts["B"].record, expires_unix_s=0.0)
+            rig.gateway.view_changed()
+            await asking
+            assert answer.token_ids[0] == expected
+            with pytest.raises(BadRequest, match="'B'"):
+                await rig.ask(request)
+            await rig.settle()
+            rig.check_all_free()
+
+    run_virtual(main())
 
 
 def test_blocks_that_nobody_serves_are_named_when_a_request_comes() -> None:

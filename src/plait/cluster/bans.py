@@ -35,6 +35,13 @@ class Bans:
             return self
         return Bans(by_peer={other: ban for other, ban in self.by_peer.items() if other != peer})
 
+    def lifted(self, peer: PeerId, now_s: float) -> "Bans":
+        """Let a peer be tried again now; another failure still counts as one more in a row."""
+        ban = self.by_peer.get(peer)
+        if ban is None or ban.until_s <= now_s:
+            return self
+        return Bans(by_peer={**self.by_peer, peer: Ban(failures=ban.failures, until_s=now_s)})
+
     def banned(self, now_s: float) -> frozenset[PeerId]:
         """Those to be avoided now."""
         return frozenset(peer for peer, ban in self.by_peer.items() if now_s < ban.until_s)

@@ -135,7 +135,9 @@ class Unroutable:
 
 @dataclass(frozen=True, slots=True)
 class ViewChanged:
-    """Peers have come, gone or changed: there may be a route now."""
+    """Peers have come, gone or changed: there may be a route now. Those that are `back` are not avoided any more."""
+
+    back: frozenset[PeerId] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +301,10 @@ class ChainSession:
                 return self._on_route(blocks, hops, now_s)
             case Unroutable(blocks, error):
                 return self._on_no_route(blocks, error, now_s)
-            case ViewChanged():
+            case ViewChanged(back):
+                for peer in back:
+                    self._avoided_until_s.pop(peer, None)
+                    self._failures.pop(peer, None)
                 return self._find_again(now_s)
             case TimePassed():
                 return self._on_time(now_s) if now_s >= self.deadline_s else []

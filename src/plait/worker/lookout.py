@@ -16,7 +16,8 @@ _RTT_CHANGE = 0.2
 class Lookout:
     """Makes the `SwarmView` of one model; `records` gives all records that hold now.
 
-    Times of bans are those of the running event loop.
+    A peer that was lost is left out, though its record goes on for a while, until there is a link to it again. Times of
+    bans are those of the running event loop.
     """
 
     def __init__(
@@ -34,6 +35,8 @@ class Lookout:
         self._records = records
         self._unix_now = unix_now
         self._bans = Bans()
+        self._lost: dict[PeerId, int] = {}  # the sequence of its record then, or when it was last tried
+        self._back: set[PeerId] = set()
         self._view: SwarmView | None = None
         self._stale = True
         self._seen_s = 0.0
@@ -43,9 +46,11 @@ class Lookout:
         self._stale = True
 
     def ban(self, peer: PeerId) -> None:
-        """Avoid a peer that failed: for longer each time."""
-        self._bans = self._bans.after_failure(peer, asyncio.get_running_loop().time())
-        self._stale = True
+        """Avoid a peer that failed: for longer each time. While it is banned further failures are the same one."""
+        now_s = asyncio.get_running_loop().time()
+        if peer not in self._bans.banned(now_s):
+            self._bans = self._bans.after_failure(peer, now_s)
+            self._stale = True
 
     def trust(self, peer: PeerId) -> None:
         """A peer has done what it should."""
@@ -54,13 +59,45 @@ class Lookout:
             self._bans = bans
             self._stale = True
 
+    def lose(self, peer: PeerId) -> None:
+        """There is no link to a peer any more, and none could be made."""
+        if peer not in self._lost:
+            self._lost[peer] = self._sequences().get(peer, -1)
+            self._stale = True
+
+    def take_back(self) -> frozenset[PeerId]:
+        """Lost peers that there is a link to again, since the last call: they are in the view, and no longer banned."""
+        self._find_lost()
+        back, self._back = frozenset(self._back), set()
+        return back
+
+    def _find_lost(self) -> None:
+        for peer in frozenset(self._lost) & self._network.connected() if self._lost else ():
+            del self._lost[peer]
+            self._back.add(peer)
+            self._bans = self._bans.lifted(peer, asyncio.get_running_loop().time())
+            self._stale = True
+
+    def worth_trying(self) -> tuple[PeerId, ...]:
+        """Lost peers that have said something since they were lost, or were last named here: they may be back."""
+        if not self._lost:
+            return ()
+        sequences = self._sequences()
+        newer = tuple(
+            peer for peer, sequence in sorted(self._lost.items()) if sequences.get(peer, -1) > sequence
+        )
+        for peer in newer:
+            self._lost[peer] = sequences[peer]
+        return newer
+
     def view(self) -> SwarmView:
         """The swarm now; the same object, with the same version, while nothing has changed that matters."""
         now_s = asyncio.get_running_loop().time()
+        self._find_lost()
         if self._view is not None and not self._stale and now_s - self._seen_s < _REFRESH_S:
             return self._view
         self._stale, self._seen_s = False, now_s
-        records = self._records()
+        records = [record for record in self._records() if record.peer not in self._lost]
         rtts_s = {
             record.peer: estimate.rtt_s
             for record in records
@@ -80,6 +117,9 @@ class Lookout:
             self._view = new
         assert self._view is not None
         return self._view
+
+    def _sequences(self) -> dict[PeerId, int]:
+        return {record.peer: record.sequence for record in self._records()}
 
 
 def _same(old: SwarmView, new: SwarmView) -> bool:

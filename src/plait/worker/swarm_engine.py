@@ -9,7 +9,8 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -41,7 +42,6 @@ from plait.session import (
     Lost,
     PositionLogprobs,
     RequestDelta,
-    RouteAsk,
     SessionTimes,
     SessionWish,
     TokenLogprob,
@@ -194,6 +194,7 @@ class SwarmEngine:
         self._idle.set()
         self._settled = asyncio.Event()
         self._loading: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self._prompt_tokens = 0
         self._generated_tokens = 0
         self._sessions_total = 0
@@ -218,6 +219,9 @@ class SwarmEngine:
         stopping = NotReady("the server is stopping; retry elsewhere")
         for running in self._running.values():
             running.stream.put(stopping)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._outbox.close()
 
     # -- what the gateway asks ----------------------------------------------------------------------------
@@ -275,6 +279,11 @@ class SwarmEngine:
         """The hops of each session that runs, in the order in which they began."""
         return {id: driver.session.hops for id, driver in self._drivers.items()}
 
+    def check(self) -> None:
+        """Assert that the chain of every session is one."""
+        for driver in self._drivers.values():
+            driver.session.check()
+
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for the running ones; False if some were still running at the end."""
         if self.state == "ready":
@@ -300,13 +309,14 @@ class SwarmEngine:
         if request.id in self._running:
             raise EngineFailure(f"request id {request.id!r} is already running")
         wishes, live = self._prepare(request)
+        route = self._route_wish(request, wishes[0].max_tokens)
         running = self._running[request.id] = _Running(live)
         self._idle.clear()
         self._prompt_tokens += len(request.prompt_token_ids)
         finished = False
         try:
             for index, wish in enumerate(wishes):
-                self._start(running, index, wish, request.route)
+                self._start(running, index, wish, route)
             while not finished:
                 item = await running.stream.take()
                 if isinstance(item, ServingError):
@@ -365,11 +375,18 @@ class SwarmEngine:
             wishes.append(replace(first, id=SessionId(self._rng.bytes(16).hex()), sampling=own))
         return wishes, live
 
-    def _start(self, running: _Running, index: int, wish: SessionWish, ask: RouteAsk | None) -> None:
+    def _route_wish(self, request: GenerationRequest, need_tokens: int) -> RouteWish:
+        """How this request's chains are to be chosen, now and when one breaks: names are looked up once."""
+        route, ask = self.options.route, request.route
+        if ask is not None and ask.fields:
+            route = wish_of_fields(ask.fields, route, self.lookout.view())
+        return replace(route, need_tokens=need_tokens)
+
+    def _start(self, running: _Running, index: int, wish: SessionWish, route: RouteWish) -> None:
         session = ChainSession(wish, self.options.times, own=self._network.peer)
 
         async def find_hops(wanted: FindRoute) -> tuple[ChainHop, ...]:
-            hops = await self._find_hops(wanted, wish, ask)
+            hops = await self._find_hops(wanted, wish, route)
             running.live.scheduled_s = running.live.scheduled_s or self._loop.time()
             return hops
 
@@ -422,13 +439,9 @@ class SwarmEngine:
     # -- routes -------------------------------------------------------------------------------------------
 
     async def _find_hops(
-        self, wanted: FindRoute, wish: SessionWish, ask: RouteAsk | None
+        self, wanted: FindRoute, wish: SessionWish, route: RouteWish
     ) -> tuple[ChainHop, ...]:
         view = self.lookout.view()
-        route = self.options.route
-        if ask is not None and ask.fields:
-            route = wish_of_fields(ask.fields, route, view)
-        route = replace(route, need_tokens=wish.max_tokens)
         if route.mode == "pinned" and wanted.blocks != wish.blocks:
             # One of the pinned peers is gone: whoever can take its place.
             route = replace(route, mode="load", pinned=())
@@ -456,7 +469,7 @@ class SwarmEngine:
         self._banned += 1
         self.lookout.ban(ban.peer)
         if ban.misbehaved:
-            self._loop.create_task(self._network.drop(ban.peer, ban.reason))
+            self._spawn(self._network.drop(ban.peer, ban.reason))
 
     # -- the network --------------------------------------------------------------------------------------
 
@@ -472,6 +485,8 @@ class SwarmEngine:
 
     def on_lost(self, peer: PeerId, reason: str) -> None:
         """A peer is gone: its sessions go on without it."""
+        if self._lookout is not None:
+            self._lookout.lose(peer)
         for driver in list(self._drivers.values()):
             driver.dispatch(Lost(peer, reason))
 
@@ -480,14 +495,28 @@ class SwarmEngine:
         if self._lookout is None:
             return
         self._lookout.changed()
+        for peer in self._lookout.worth_trying():
+            self._spawn(self._reconnect(peer))
+        back = self._lookout.take_back()
         view = self._lookout.view()
         for driver in list(self._drivers.values()):
-            driver.dispatch(ViewChanged())
+            driver.dispatch(ViewChanged(back))
             for hop in driver.session.hops:
                 record = view.records.get(hop.peer)
                 leaving = record is not None and record.state in ("draining", "offline")
                 if leaving and not view.missing_blocks(hop.blocks):
                     driver.dispatch(Leaving(hop.peer))
+
+    async def _reconnect(self, peer: PeerId) -> None:
+        """A lost peer has said something: if it can be reached, it is there again."""
+        with suppress(ServingError):
+            await self._network.connect(peer)
+            self.view_changed()
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     # -- loading ------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from plait import __version__
 from plait.errors import BadSetup
 from plait.settings import Settings
 
@@ -180,6 +181,7 @@ def member_options(settings: Settings, seat: Seat) -> "MemberOptions":
         rebalance_s=swarm.rebalance_s,
         balance_quality=swarm.balance_quality,
         drain_timeout_s=settings.server.drain_timeout_s,
+        version=__version__,
         terms=PeerTerms(price_per_hour=swarm.price_per_hour, busy_watts=swarm.busy_watts),
     )
 

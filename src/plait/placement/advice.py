@@ -67,7 +67,7 @@ def advise(view: SwarmView, cost: BlockCost, *, context_tokens: int) -> Advice:
         return Advice(
             sets=(),
             sentences=(
-                f"{len(usable)} machines hold {held} of {view.model_blocks} blocks; {short} more need "
+                f"{_counted(len(usable))} {held} of {view.model_blocks} blocks; {short} more need "
                 f"{format_bytes(short * cost.block_bytes(context_tokens))}: another machine, a smaller context, or "
                 "fewer bits a weight",
             ),
@@ -255,6 +255,10 @@ def _sentences(
             f"tokens/s together, where {named(best)} give {best.tokens_per_s:.0f}"
         )
     return tuple(said)
+
+
+def _counted(machines: int) -> str:
+    return "1 machine holds" if machines == 1 else f"{machines} machines hold"
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -240,6 +240,7 @@ def test_a_machine_that_was_lost_is_left_out_though_its_record_goes_on(expected:
             for _ in range(4):
                 assert (await rig.ask(REQUEST)).token_ids[0] == expected
             assert not rig.gateway.counts().recoveries_total
+            await rig.settle()
             rig.check_all_free()
 
     run_virtual(main())

@@ -46,6 +46,8 @@ MAX_ANNOUNCED_RTTS = 64
 MAX_THROUGH = 3
 SEND_TIMEOUT_S = 10.0
 FAREWELL_TIMEOUT_S = 1.0
+_FILLED_IN_BYTES = 6 << 10
+"""What round trips, carriers and times add to a record, at most."""
 _MAX_GOSSIP_BYTES = 512 << 10
 _SIGNED = b"plait record\0"
 
@@ -156,6 +158,11 @@ class Membership:
         """
         if record.peer != self._identity.peer:
             raise ValueError(f"a record of {record.peer[:8]}, announced by {self._identity.peer[:8]}")
+        size_bytes = len(msgspec.msgpack.encode(record))
+        if size_bytes > MAX_RECORD_BYTES - _FILLED_IN_BYTES:
+            raise ValueError(
+                f"a record of {size_bytes} bytes; others accept {MAX_RECORD_BYTES - _FILLED_IN_BYTES}"
+            )
         self._own = record
         self._issue(record)
 
@@ -181,8 +188,6 @@ class Membership:
             through=() if record.addresses else self._through(),
         )
         body = msgspec.msgpack.encode(record)
-        if len(body) > MAX_RECORD_BYTES:
-            raise ValueError(f"a record of {len(body)} bytes; others accept {MAX_RECORD_BYTES}")
         signed = SignedRecord(body, self._identity.sign(_SIGNED + body))
         self._known[record.peer] = _Known(record, signed)
         self._pass_on(record.peer, record.peer)

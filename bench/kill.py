@@ -1,7 +1,7 @@
 """What an answer notices of machines that die under it: real processes, SIGKILL and SIGSTOP, at every token.
 
-Six machines serve `tiny` in three spans, each span twice, behind a gateway that serves none. While a 64-token answer
-streams, machines of its chain are ended:
+Seven machines serve `tiny` in three spans, each at least twice, behind a gateway that serves none. While a 64-token
+answer streams, machines of its chain are ended:
 
     kill      one, by SIGKILL, after every token of the answer (the three hops in turn)
     freeze    one, by SIGSTOP: its connections stay open
@@ -31,7 +31,8 @@ from swarm.stream import Answer, stream_answer
 from plait import LLM, SamplingParams
 
 SPANS = {"a": "0:2", "b": "2:4", "c": "4:6"}
-NAMES = tuple(f"{span}{number}" for span in SPANS for number in (1, 2))
+# The middle span has a third machine, for the replacement that dies too.
+NAMES = (*(f"{span}{number}" for span in SPANS for number in (1, 2)), "b3")
 TOKENS = 64
 PROMPT_TOKENS = 48
 CONTEXTS = (32, 128, 256, 512, 900)
@@ -72,7 +73,7 @@ class KillBench:
     ) -> None:
         """Ask once, strike once, and put everything back."""
         first = {span: f"{span}{1 + turn // 3 % 2}" for span in SPANS}
-        hop = "abc"[turn % 3]
+        hop = "b" if scenario == "replay" else "abc"[turn % 3]
         victims = [first[hop]]
         if scenario == "two":
             victims.append(first["abc"[(turn + 1) % 3]])

@@ -234,6 +234,8 @@ class ModelSwarm:
         self.ended = False
         self.rounds = 0
         self.bans: list[Ban] = []
+        self.most_tokens = 600
+        """That an engine's step computes of a session."""
         self.duplicates = 0.0
         """Share of messages that come twice, the second time at any later moment."""
         self.old: list[tuple[PeerId, PeerId, object]] = []
@@ -415,7 +417,7 @@ class ModelSwarm:
             self.deliver(links[choice])
         else:
             hop = engines[choice - len(links)]
-            self.carry_out(hop, hop.run(int(self.rng.integers(1, 600))))
+            self.carry_out(hop, hop.run(int(self.rng.integers(1, self.most_tokens + 1))))
         return True
 
     def pass_time(self) -> None:

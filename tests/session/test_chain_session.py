@@ -240,6 +240,24 @@ def test_a_hop_that_answers_but_computes_nothing_is_replaced() -> None:
     assert stuck.peer in {ban.peer for ban in swarm.bans}
 
 
+def test_slow_hops_that_get_on_are_given_time() -> None:
+    swarm = ModelSwarm(wish_for(12, 200, 3), [*FOUR, *FOUR], seed=4)
+    swarm.most_tokens = 4
+    stalls = 0
+    for count in range(100_000):
+        if swarm.ended:
+            break
+        if swarm.session.phase == "flowing" and not swarm.emitted and count % 60 == 59:
+            stalls += 1
+            swarm.pass_time()
+        elif not swarm.step():
+            swarm.pass_time()
+    assert stalls > 3
+    assert answered(swarm)
+    assert not swarm.bans
+    assert sum(1 for hop in swarm.hops.values() if hop.ran) == 4
+
+
 def test_messages_that_come_twice_late_and_in_any_order_are_executed_once() -> None:
     for seed in range(30):
         swarm = ModelSwarm(wish_for(12, 20, 24, drafts=seed % 3 * 2), [*FOUR, *FOUR], seed=seed)

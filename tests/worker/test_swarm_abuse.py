@@ -32,6 +32,7 @@ from plait.wire import (
     Fault,
     Fence,
     Message,
+    Opened,
     OpenSession,
     Refused,
     Resume,
@@ -308,11 +309,13 @@ def test_a_worker_refuses_what_it_does_not_serve() -> None:
             wrong = {
                 "not_served": [
                     replace(good, model="another"),
-                    replace(good, hops=(ChainHop(worker.peer, 0, 2),)),
+                    replace(good, hops=(ChainHop(worker.peer, 0, 5),)),
                     replace(good, hops=(ChainHop(asker.peer, 0, 3),)),
                     replace(good, index=7),
                 ],
                 "bad_request": [
+                    replace(good, hops=(ChainHop(worker.peer, 0, 2),)),
+                    replace(good, hops=(ChainHop(worker.peer, 1, 3), ChainHop(asker.peer, 3, 6))),
                     replace(good, max_tokens=10**6),
                     replace(good, prompt_tokens=9),
                     replace(good, prompt_tokens=0),
@@ -329,7 +332,17 @@ def test_a_worker_refuses_what_it_does_not_serve() -> None:
                         refused = heard.pop()
                         assert isinstance(refused, Refused)
                         assert refused.code == code, refused
+                await asker.send(worker.peer, good)
+                while not heard:
+                    await asyncio.sleep(0.01)
+                assert isinstance(heard.pop(), Opened)
+                assert worker.worker.sessions == 1
+                await asyncio.sleep(299)
+                assert worker.worker.sessions == 1
+                await asyncio.sleep(30)
+                assert not worker.worker.sessions, "nobody spoke of it"
                 worker.worker.drain()
+                good = replace(good, session=SessionId("b" * 32))
                 await asker.send(worker.peer, good)
                 while not heard:
                     await asyncio.sleep(0.01)

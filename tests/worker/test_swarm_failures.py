@@ -109,6 +109,26 @@ def test_several_workers_lost_at_once(places: tuple[int, ...], expected: list[in
     run_virtual(disturbed(kill, expected, options=SwarmOptions(draft_tokens=3)))
 
 
+def test_workers_that_keep_few_outputs_compute_them_again(expected: list[int]) -> None:
+    async def main() -> None:
+        async with swarm({}, dtype=DTYPE) as rig:
+            for name, blocks in TWICE.items():
+                await rig.add(name, blocks, kept_bytes=3 * 1024)
+            answer = Answer()
+            asking = asyncio.create_task(rig.ask(REQUEST, answer))
+            await until(answer, 30)
+            chain = rig.chain()
+            await rig.kill(chain[1])
+            await asking
+            assert answer.token_ids[0] == expected
+            again = work(rig)[chain[0]] - (len(PROMPT) + TOKENS - 1)
+            assert 40 <= again <= len(PROMPT) + 32
+            await rig.settle()
+            rig.check_all_free()
+
+    run_virtual(main())
+
+
 def test_a_worker_is_replaced_by_several_and_by_a_part_of_another(expected: list[int]) -> None:
     async def kill(rig: SwarmRig, answer: Answer) -> None:
         await until(answer, 11)

@@ -234,6 +234,8 @@ class ChainSession:
         self.token_ids = list(wish.prompt_token_ids)
         self.recoveries = 0
         """How often the chain was changed or resumed after it had begun to flow."""
+        self.replayed_tokens = 0
+        """Positions that hops were to compute again for that, over all hops."""
         self._times = times
         self._own = own
         self._slots: list[_Slot] = []
@@ -572,6 +574,8 @@ class ChainSession:
         known = plan_resume(
             [slot.known for slot in self._slots], [slot.kept_from for slot in self._slots], tokens
         )
+        if self.recoveries:
+            self.replayed_tokens += sum(max(0, tokens - 1 - each) for each in known)
         self.phase = "flowing"
         self._token_by_s = now_s + self._times.token_s
         actions: list[SessionAction] = []

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import msgspec
 import numpy as np
@@ -127,19 +127,28 @@ class SwarmOptions:
     max_sessions: int = 1024
 
 
+SessionState = Literal["opening", "flowing", "recovering"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwarmCounts:
     """What this gateway's sessions do and have done; totals are since the start.
 
-    `recoveries_total`: how often a session's chain was changed or resumed under way. `banned_total`: hops that failed.
+    Sessions are `opening` until their first chain stands, then `flowing`, or `recovering` while it is repaired.
+    `recoveries_total`: how often a session's chain was changed or resumed under way. `replayed_tokens_total`:
+    positions that hops computed again for that. `banned_total`: hops that failed. `tokens_by_peer`: tokens of answers
+    that went through each peer.
     """
 
     sessions: int
+    sessions_by_state: dict[SessionState, int]
     sessions_by_peer: dict[PeerId, int]
     sessions_total: int
     recoveries_total: int
+    replayed_tokens_total: int
     banned_total: int
     generated_tokens_total: int
+    tokens_by_peer: dict[PeerId, int]
 
 
 @dataclass(slots=True)
@@ -199,6 +208,8 @@ class SwarmEngine:
         self._generated_tokens = 0
         self._sessions_total = 0
         self._recoveries = 0
+        self._replayed = 0
+        self._tokens_by_peer: Counter[PeerId] = Counter()
         self._banned = 0
 
     async def __aenter__(self) -> Self:
@@ -264,15 +275,17 @@ class SwarmEngine:
 
     def counts(self) -> SwarmCounts:
         """What the sessions do."""
-        by_peer = Counter(hop.peer for driver in self._drivers.values() for hop in driver.session.hops)
+        live = [driver.session for driver in self._drivers.values()]
         return SwarmCounts(
-            sessions=len(self._drivers),
-            sessions_by_peer=dict(by_peer),
+            sessions=len(live),
+            sessions_by_state=dict(Counter(map(_session_state, live))),
+            sessions_by_peer=dict(Counter(hop.peer for session in live for hop in session.hops)),
             sessions_total=self._sessions_total,
-            recoveries_total=self._recoveries
-            + sum(driver.session.recoveries for driver in self._drivers.values()),
+            recoveries_total=self._recoveries + sum(session.recoveries for session in live),
+            replayed_tokens_total=self._replayed + sum(session.replayed_tokens for session in live),
             banned_total=self._banned,
             generated_tokens_total=self._generated_tokens,
+            tokens_by_peer=dict(self._tokens_by_peer),
         )
 
     def chains(self) -> dict[SessionId, tuple[ChainHop, ...]]:
@@ -413,6 +426,7 @@ class SwarmEngine:
     def _forget(self, driver: SessionDriver) -> None:
         if self._drivers.pop(driver.session.id, None) is not None:
             self._recoveries += driver.session.recoveries
+            self._replayed += driver.session.replayed_tokens
 
     def _on_tokens(self, running: _Running, index: int, driver: SessionDriver, emit: Emit) -> None:
         live, now_s = running.live, self._loop.time()
@@ -422,6 +436,8 @@ class SwarmEngine:
         if not sequence.output_token_ids:
             for hop in driver.session.hops:
                 self.lookout.trust(hop.peer)
+        for hop in driver.session.hops:
+            self._tokens_by_peer[hop.peer] += len(emit.token_ids)
         for place, token_id in enumerate(emit.token_ids):
             report = emit.reports[place] if emit.reports is not None else None
             completes = emit.finished == "stop" and place == len(emit.token_ids) - 1
@@ -499,6 +515,8 @@ class SwarmEngine:
             self._spawn(self._reconnect(peer))
         back = self._lookout.take_back()
         view = self._lookout.view()
+        for peer in self._tokens_by_peer.keys() - view.records.keys():
+            del self._tokens_by_peer[peer]
         for driver in list(self._drivers.values()):
             driver.dispatch(ViewChanged(back))
             for hop in driver.session.hops:
@@ -542,6 +560,12 @@ class SwarmEngine:
             )
         self.state = "ready" if self.failure is None else "failed"
         self._settled.set()
+
+
+def _session_state(session: ChainSession) -> SessionState:
+    if session.phase == "flowing":
+        return "flowing"
+    return "recovering" if session.recoveries else "opening"
 
 
 def _sampled(token_id: int, report: TokenReport | None) -> SampledToken:

@@ -14,7 +14,7 @@ that prompts repeat themselves and guesses by prompt lookup are right about as o
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from plait.session import GenerationRequest, to_wire_sampling
 from plait.worker import SwarmModel
 
 Words = NDArray[np.uint64]
+SomeEngine = TypeVar("SomeEngine", bound=SpanEngine)
 
 MODEL_BLOCKS = 4
 MAX_MODEL_TOKENS = 1024
@@ -114,8 +115,14 @@ class HashDecoder:
 
 
 def hash_engine(
-    blocks: range, *, kv_blocks: int, swap_blocks: int = 0, step_tokens: int = 256, max_sessions: int = 64
-) -> SpanEngine:
+    blocks: range,
+    *,
+    kv_blocks: int,
+    swap_blocks: int = 0,
+    step_tokens: int = 256,
+    max_sessions: int = 64,
+    engine_class: type[SomeEngine] = SpanEngine,
+) -> SomeEngine:
     """A real engine for a span of the model of hashes; `kv_blocks` KV blocks, and `swap_blocks` in host memory."""
 
     def store(count: int) -> KvExtents:
@@ -123,7 +130,7 @@ def hash_engine(
         return KvExtents(blocks, count, KV_BLOCK_TOKENS, elements, torch.int64, "cpu")
 
     decoder: SpanDecoder = HashDecoder(blocks)
-    return SpanEngine(
+    return engine_class(
         decoder=decoder,
         store=store(kv_blocks),
         host_store=store(swap_blocks) if swap_blocks else None,

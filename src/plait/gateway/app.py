@@ -19,7 +19,7 @@ from plait.gateway.front_door import FrontDoor
 from plait.gateway.options import GatewayOptions
 from plait.gateway.page_files import PAGE_FOLDER, page_paths, page_router
 from plait.gateway.swarm_desk import SwarmDesk
-from plait.metrics import ServingMetrics
+from plait.metrics import ServingMetrics, SwarmMetrics
 from plait.worker import AsyncEngine, SwarmEngine
 
 _OPEN_PATHS = frozenset({"/health", "/healthz", "/readyz", "/favicon.ico"})
@@ -34,6 +34,8 @@ def create_app(
     """The app that serves an engine, which someone else starts and stops; `desk` is for the gateway of a swarm."""
     options = options or GatewayOptions()
     metrics = ServingMetrics(engine.status, model_name=engine.names[0])
+    if desk is not None:
+        metrics.registry.register(SwarmMetrics(desk.facts))
     app = FastAPI(title="plait", version=__version__, redoc_url=None, lifespan=_nothing_of_its_own)
     app.state.front_door = FrontDoor(
         engine=engine, options=options, metrics=metrics, started_unix_s=int(time.time()), swarm=desk

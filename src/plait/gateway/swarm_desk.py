@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from plait.metrics import SwarmFacts
 from plait.session import RouteAsk
 
 
@@ -23,6 +24,10 @@ class SwarmDesk(Protocol):
         Raises:
             NotReady: the model is not known yet.
         """
+        ...
+
+    def facts(self) -> SwarmFacts | None:
+        """What Prometheus is told; None while the model is not known yet."""
         ...
 
     def ticket(self) -> str:

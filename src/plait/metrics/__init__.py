@@ -3,10 +3,21 @@
 histogram.py   a histogram that costs well under a microsecond to feed
 rate.py        tokens per second over the last few seconds
 serving.py     the metrics of one server, and what feeds them
+swarm.py       those of a swarm's gateway: machines, links, sessions
 """
 
 from plait.metrics.histogram import Histogram
 from plait.metrics.rate import TokenRate
 from plait.metrics.serving import EngineCounts, ObservedRequest, ServingMetrics
+from plait.metrics.swarm import MachineFacts, SwarmFacts, SwarmMetrics
 
-__all__ = ["EngineCounts", "Histogram", "ObservedRequest", "ServingMetrics", "TokenRate"]
+__all__ = [
+    "EngineCounts",
+    "Histogram",
+    "MachineFacts",
+    "ObservedRequest",
+    "ServingMetrics",
+    "SwarmFacts",
+    "SwarmMetrics",
+    "TokenRate",
+]

@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -11,12 +12,13 @@ from typing import Any, Self
 
 import numpy as np
 
-from plait.cluster import PeerRecord, SwarmView, format_blocks
+from plait.cluster import PeerProgress, PeerRecord, SwarmView, format_blocks
 from plait.errors import ServingError
+from plait.metrics import MachineFacts, SwarmFacts
 from plait.routing import Chain, Front, Routed, choose_chain, wish_of_fields
 from plait.session import RouteAsk
-from plait.transport import SwarmSecret, Ticket, TicketPeer
-from plait.wire import LeaveAsk
+from plait.transport import LinkTraffic, SwarmSecret, Ticket, TicketPeer
+from plait.wire import ChainHop, LeaveAsk
 from plait.worker.async_engine import LoadProgress
 from plait.worker.member import Member, MemberOptions
 from plait.worker.span_source import SpanSource
@@ -26,6 +28,8 @@ from plait.worker.swarm_node import SwarmNode
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.1
+# Chains of running sessions that `status` shows, the most used first.
+SHOWN_CHAINS = 16
 
 
 class SwarmGateway:
@@ -102,6 +106,32 @@ class SwarmGateway:
         lookout = self.engine.lookout
         return lookout.view().missing_blocks(range(lookout.model_blocks))
 
+    def facts(self) -> SwarmFacts | None:
+        """What Prometheus is told; None while the model is not known yet."""
+        if self.engine.state == "loading" or self.engine.failure is not None:
+            return None
+        lookout, counts, network = self.engine.lookout, self.engine.counts(), self.node.network
+        view, linked = lookout.view(), network.connected()
+        return SwarmFacts(
+            machines=tuple(
+                _facts(
+                    record,
+                    network.traffic(record.peer),
+                    linked=record.peer in linked,
+                    rtt_s=_finite(view.rtts_s.get(record.peer)),
+                    generated_tokens=counts.tokens_by_peer.get(record.peer, 0),
+                )
+                for record in view.records.values()
+                if record.state != "offline"
+            ),
+            missing_blocks=len(view.missing_blocks(range(lookout.model_blocks))),
+            sessions_by_state={str(state): count for state, count in counts.sessions_by_state.items()},
+            sessions_total=counts.sessions_total,
+            failovers_total=counts.recoveries_total,
+            replayed_tokens_total=counts.replayed_tokens_total,
+            hop_failures_total=counts.banned_total,
+        )
+
     def ticket(self) -> str:
         """A ticket that lets machines join from now on until it expires."""
         secret = self.node.network.secret
@@ -123,10 +153,17 @@ class SwarmGateway:
             "route_mode": self.engine.options.route.mode,
             "wire_format": self.engine.options.wire_format,
             "sessions": counts.sessions,
+            "sessions_by_state": counts.sessions_by_state,
             "sessions_total": counts.sessions_total,
             "recoveries_total": counts.recoveries_total,
+            "replayed_tokens_total": counts.replayed_tokens_total,
             "failures_total": counts.banned_total,
             "generated_tokens_total": counts.generated_tokens_total,
+            "chains": [
+                {"sessions": sessions, "chain": _chain_of(hops, view)}
+                for hops, sessions in Counter(self.engine.chains().values()).most_common(SHOWN_CHAINS)
+                if hops
+            ],
             "machines": [
                 {
                     **_machine(record, now_s),
@@ -135,6 +172,7 @@ class SwarmGateway:
                     "linked": record.peer in self.node.network.connected(),
                     "rtt_s": _finite(view.rtts_s.get(record.peer)),
                     "gateway_sessions": counts.sessions_by_peer.get(record.peer, 0),
+                    "gateway_tokens_total": counts.tokens_by_peer.get(record.peer, 0),
                 }
                 for record in view.records.values()
                 if record.state != "offline"
@@ -234,6 +272,7 @@ def _machine(record: PeerRecord, now_s: float) -> dict[str, Any]:
         "saturated_decode_tokens_per_s": record.rates.saturated_decode_tokens_per_s,
         "prefill_tokens_per_s": record.rates.prefill_tokens_per_s,
         "network_tokens_per_s": record.rates.network_tokens_per_s,
+        "loading": _loading(record.progress) if record.state == "joining" else None,
         "price_per_hour": record.terms.price_per_hour,
         "busy_watts": record.terms.busy_watts,
     }
@@ -261,15 +300,51 @@ def _front(front: Front, view: SwarmView) -> dict[str, Any]:
 
 
 def _chain(chain: Chain, view: SwarmView) -> list[dict[str, Any]]:
+    return _chain_of((ChainHop(hop.peer, hop.span.start, hop.span.stop) for hop in chain), view)
+
+
+def _chain_of(hops: Iterable[ChainHop], view: SwarmView) -> list[dict[str, Any]]:
     return [
         {
             "peer": hop.peer,
             "name": view.records[hop.peer].name if hop.peer in view.records else "",
-            "first_block": hop.span.start,
-            "end_block": hop.span.stop,
+            "first_block": hop.first_block,
+            "end_block": hop.end_block,
         }
-        for hop in chain
+        for hop in hops
     ]
+
+
+def _loading(progress: PeerProgress) -> dict[str, Any]:
+    """As `/status` says it of a server."""
+    return {
+        "stage": progress.stage,
+        "done_bytes": progress.done_bytes,
+        "total_bytes": progress.total_bytes or None,
+    }
+
+
+def _facts(
+    record: PeerRecord, traffic: LinkTraffic, *, linked: bool, rtt_s: float | None, generated_tokens: int
+) -> MachineFacts:
+    load = record.load
+    return MachineFacts(
+        peer=record.peer,
+        name=record.name,
+        state=record.state,
+        linked=linked,
+        rtt_s=rtt_s,
+        step_s=load.step_s or None,
+        sessions=load.sessions,
+        queued_tokens=load.queued_tokens,
+        kv_used_tokens=load.kv_total_tokens - load.kv_free_tokens,
+        kv_total_tokens=load.kv_total_tokens,
+        generated_tokens_total=generated_tokens,
+        sent_bytes_total=traffic.sent_bytes,
+        received_bytes_total=traffic.received_bytes,
+        heartbeats_missed_total=traffic.missed_heartbeats,
+        links_lost_total=traffic.losses,
+    )
 
 
 def _finite(value: float | None) -> float | None:

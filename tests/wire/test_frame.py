@@ -108,7 +108,7 @@ def test_frames_before_a_bad_one_are_delivered() -> None:
     room = reader.get_buffer()
     room[: len(stream)] = stream
     reader.received(len(stream))
-    assert [reader.next_frame(), reader.next_frame()] == [Frame(b"one"), Frame(b"two")]
+    assert [reader.next_frame(), reader.next_frame()] == [Frame(b"one", (), 15), Frame(b"two", (), 15)]
     with pytest.raises(BadFrame):
         reader.next_frame()
 

@@ -15,6 +15,7 @@ is copied at most once and only its first part.
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,16 +42,13 @@ class FrameLimits:
     max_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """A received frame; each buffer is memory of its own, 16-byte aligned, that the receiver may keep and write."""
 
     header: bytes
-    buffers: tuple[memoryview, ...] = ()
-
-    @property
-    def size_bytes(self) -> int:
-        return frame_bytes(len(self.header), [len(buffer) for buffer in self.buffers])
+    buffers: tuple[memoryview, ...]
+    size_bytes: int
+    """Of all of it, as it was on the wire."""
 
 
 def frame_bytes(header_bytes: int, buffer_bytes: Sequence[int]) -> int:
@@ -89,8 +87,12 @@ class FrameReader:
         self._scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._start = 0  # what is unread lies in scratch[start:end]
         self._end = 0
-        self._head: _Head | None = None
+        self._head_bytes = (
+            0  # prefix, lengths and header of the frame that comes; 0 before its prefix is there
+        )
+        self._buffers = 0
         self._header = b""
+        self._size_bytes = 0
         self._body: tuple[memoryview, ...] | None = None
         self._filling = 0  # the buffer of the body that comes next, and how much of it is there
         self._filled = 0
@@ -102,7 +104,7 @@ class FrameReader:
             self._direct = True
             return self._body[self._filling][self._filled :]
         self._direct = False
-        needed = PREFIX_BYTES if self._head is None else self._head.size_bytes
+        needed = self._head_bytes or PREFIX_BYTES
         if self._start == self._end:
             self._start = self._end = 0
         if self._start + needed > len(self._scratch) or self._end == len(self._scratch):
@@ -127,34 +129,49 @@ class FrameReader:
         assert self._body is not None
         if not self._fill():
             return None
-        frame = Frame(self._header, self._body)
-        self._head = self._body = None
+        frame = Frame(self._header, self._body, self._size_bytes)
+        self._head_bytes, self._body = 0, None
         return frame
 
     def _read_head(self) -> bool:
         """Read prefix, lengths and header once they are all there, and make room for the buffers."""
         there = self._end - self._start
-        if self._head is None:
+        if not self._head_bytes:
             if there < PREFIX_BYTES:
                 return False
-            self._head = _checked_head(self._scratch[self._start : self._start + PREFIX_BYTES], self.limits)
-        head = self._head
-        if there < head.size_bytes:
+            self._read_prefix()
+        if there < self._head_bytes:
             return False
         lengths_at = self._start + PREFIX_BYTES
-        header_at = lengths_at + LENGTH_BYTES * head.buffers
-        end = header_at + head.header_bytes
-        lengths: tuple[int, ...] = ()
-        if head.buffers:
-            lengths = struct.unpack_from(f"<{head.buffers}I", self._scratch, lengths_at)
-            size_bytes = head.size_bytes + sum(lengths)
-            if size_bytes > self.limits.max_bytes:
-                raise BadFrame(f"a frame of {size_bytes} bytes; at most {self.limits.max_bytes} are accepted")
+        header_at = lengths_at + LENGTH_BYTES * self._buffers
+        end = self._start + self._head_bytes
+        lengths = struct.unpack_from(f"<{self._buffers}I", self._scratch, lengths_at)
+        self._size_bytes = self._head_bytes + sum(lengths)
+        if self._size_bytes > self.limits.max_bytes:
+            raise BadFrame(_too_long(self._size_bytes, self.limits))
         self._header = bytes(self._scratch[header_at:end])
         self._start = end
-        self._body = tuple(np.empty(length, np.uint8).data for length in lengths)
+        self._body = tuple([np.empty(length, np.uint8).data for length in lengths])
         self._filling = self._filled = 0
         return True
+
+    def _read_prefix(self) -> None:
+        magic, version, buffers, header_bytes = _PREFIX.unpack_from(self._scratch, self._start)
+        limits = self.limits
+        if magic != MAGIC:
+            raise BadFrame("what came is not a frame")
+        if version != FRAME_VERSION:
+            raise BadFrame(f"a frame of version {version}; this side reads version {FRAME_VERSION}")
+        if header_bytes > limits.max_header_bytes:
+            raise BadFrame(
+                f"a header of {header_bytes} bytes; at most {limits.max_header_bytes} are accepted"
+            )
+        if buffers > limits.max_buffers:
+            raise BadFrame(f"a frame of {buffers} buffers; at most {limits.max_buffers} are accepted")
+        head_bytes = PREFIX_BYTES + LENGTH_BYTES * buffers + header_bytes
+        if head_bytes > limits.max_bytes:
+            raise BadFrame(_too_long(head_bytes, limits))
+        self._buffers, self._head_bytes = buffers, head_bytes
 
     def _fill(self) -> bool:
         """Copy what has arrived into the body's buffers; True when they are full."""
@@ -182,27 +199,5 @@ class FrameReader:
         self._start, self._end = 0, len(unread)
 
 
-@dataclass(frozen=True, slots=True)
-class _Head:
-    buffers: int
-    header_bytes: int
-
-    @property
-    def size_bytes(self) -> int:
-        return PREFIX_BYTES + LENGTH_BYTES * self.buffers + self.header_bytes
-
-
-def _checked_head(prefix: memoryview, limits: FrameLimits) -> _Head:
-    magic, version, buffers, header_bytes = _PREFIX.unpack(prefix)
-    if magic != MAGIC:
-        raise BadFrame("what came is not a frame")
-    if version != FRAME_VERSION:
-        raise BadFrame(f"a frame of version {version}; this side reads version {FRAME_VERSION}")
-    if header_bytes > limits.max_header_bytes:
-        raise BadFrame(f"a header of {header_bytes} bytes; at most {limits.max_header_bytes} are accepted")
-    if buffers > limits.max_buffers:
-        raise BadFrame(f"a frame of {buffers} buffers; at most {limits.max_buffers} are accepted")
-    head = _Head(buffers, header_bytes)
-    if head.size_bytes > limits.max_bytes:
-        raise BadFrame(f"a frame of {head.size_bytes} bytes; at most {limits.max_bytes} are accepted")
-    return head
+def _too_long(size_bytes: int, limits: FrameLimits) -> str:
+    return f"a frame of {size_bytes} bytes; at most {limits.max_bytes} are accepted"

@@ -2,11 +2,13 @@
 
 peer_record.py   what a peer says of itself: span, rates, load, addresses
 swarm_view.py    the swarm as one member sees it at one moment: the input of every decision
+description.py   a swarm that somebody describes in a file
 synthetic.py     swarms drawn at random
 bans.py          which peers are avoided after a failure, and for how long
 """
 
 from plait.cluster.bans import Ban, Bans
+from plait.cluster.description import swarm_of_description
 from plait.cluster.peer_record import (
     PeerLoad,
     PeerProgress,
@@ -33,4 +35,5 @@ __all__ = [
     "format_blocks",
     "peer_id_of_name",
     "random_swarm",
+    "swarm_of_description",
 ]

@@ -10,6 +10,7 @@ front_search.py  mode `exact`: the whole front by label setting
 evolution.py     mode `tradeoff`: NSGA-II and NSGA-III, on operators.py and seeds.py
 random_walk.py   mode `throughput`;  pinned.py  mode `pinned`
 joint.py         chains for several sessions at once
+describe.py      what was chosen, as JSON
 picks.py         which point of a front;  pareto.py  dominance and hypervolume;  path_values.py  costs of given paths
 """
 
@@ -25,6 +26,7 @@ from plait.routing.chain import (
 )
 from plait.routing.choose import choose_chain
 from plait.routing.costs import DEFAULT_DECODE_TOKENS_PER_S
+from plait.routing.describe import routed_fields
 from plait.routing.graph import delays_s
 from plait.routing.load import HOP_OVERHEAD_S
 from plait.routing.objectives import LATENCY_AND_THROUGHPUT, NETWORK_AND_COMPUTE, ObjectiveName
@@ -69,5 +71,6 @@ __all__ = [
     "nondominated",
     "normalised_hypervolume",
     "parse_pick",
+    "routed_fields",
     "wish_of_fields",
 ]

@@ -47,7 +47,8 @@ def swarm_of_description(description: object) -> SwarmView:
     peers = [PeerId(str(machine.get("peer") or peer_id_of_name(_name(machine)))) for machine in given]
     if len(set(peers)) < len(peers):
         raise BadSetup("every machine of a swarm's description needs a name of its own")
-    ids = {_name(machine): peer for machine, peer in zip(given, peers, strict=True)}
+    ids: dict[str, PeerId] = {peer: peer for peer in peers}
+    ids |= {_name(machine): peer for machine, peer in zip(given, peers, strict=True)}
     records = [_record(machine, peer, ids) for machine, peer in zip(given, peers, strict=True)]
     outside = [record.name for record in records if record.end_block > blocks]
     if outside:
@@ -91,9 +92,9 @@ def _rtts(value: object, ids: Mapping[str, PeerId], whose: str) -> dict[PeerId, 
     for other, rtt_s in _mapping(value, f"rtts_s of {whose}").items():
         if not isinstance(rtt_s, int | float) or not rtt_s >= 0:
             raise BadSetup(f"the round trip of {whose} to {other!r} is no number of seconds: {rtt_s!r}")
-        if other not in ids and other not in ids.values():
+        if other not in ids:
             raise BadSetup(f"{whose} has a round trip to {other!r}, which is no machine of the description")
-        rtts_s[ids.get(other, PeerId(other))] = float(rtt_s)
+        rtts_s[ids[other]] = float(rtt_s)
     return rtts_s
 
 

@@ -136,6 +136,7 @@ async def answer(layer: str, kind: str, folder: str, middle: str) -> None:
                 tasks: set[asyncio.Task[None]] = set()
 
                 def accept(link: Link) -> None:
+                    link.limits = LIMITS.frames  # at once: the asker does not wait to be let in
                     tasks.add(asyncio.ensure_future(echo_link(link)))
 
                 listener = await carrier(kind, FAR).listen(address_of(kind, folder, "far"), accept)
@@ -153,7 +154,6 @@ async def answer(layer: str, kind: str, folder: str, middle: str) -> None:
 
 
 async def echo_link(link: Link) -> None:
-    link.limits = LIMITS.frames
     with suppress(PeerLost):  # the asker closes it
         await link.opened()
         while True:

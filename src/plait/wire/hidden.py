@@ -4,6 +4,10 @@
     bfloat16   2 bytes, rounded to nearest even
     int8       1 byte, and a bfloat16 scale (largest magnitude / 127, rounded up) for every 64 values of a token
 
+Of the blocks and scales that take as many bytes, these err least: at 1.03 bytes a value 0.71 % of the embedded model's
+hidden states, against 0.82 % for blocks of 128 with float32 scales (bench/hidden_formats.py measures both, and what
+either does to a model's answers).
+
 A block never crosses a token, so a token's bytes do not depend on what it travels with: the same input gives the same
 output in any batch. What is not finite stays visible: NaN and infinity pass float32 and bfloat16, and make their whole
 block NaN in int8.

@@ -4,7 +4,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +15,9 @@ import uvicorn
 
 import plait.model
 from plait.engine import EngineOptions
-from plait.gateway import GatewayOptions, HttpProtocol, create_app
+from plait.gateway import GatewayOptions, HttpProtocol, SwarmDesk, create_app
 from plait.scheduling import StepLimits
-from plait.worker import AsyncEngine, LoadProgress
+from plait.worker import AsyncEngine, LoadProgress, SwarmEngine
 
 T = TypeVar("T")
 
@@ -57,14 +57,15 @@ class Site:
 
     def serve(
         self,
-        engine: AsyncEngine,
+        engine: AsyncEngine | SwarmEngine,
         options: GatewayOptions | None = None,
         protocol: type[HttpProtocol] = HttpProtocol,
+        desk: SwarmDesk | None = None,
     ) -> str:
         """Serve an engine on a free port; returns the origin."""
         listening = socket.socket()
         listening.bind(("127.0.0.1", 0))
-        app = create_app(engine, options)
+        app = create_app(engine, options, desk=desk)
         config = uvicorn.Config(app, http=protocol, log_config=None, access_log=False, lifespan="off")
         server = uvicorn.Server(config)
 
@@ -81,6 +82,10 @@ class Site:
 
         self.run(start())
         return f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+    def enter(self, context: AbstractAsyncContextManager[T]) -> T:
+        """Enter something in the loop, which is left when the tests end."""
+        return self.run(self._stack.enter_async_context(context))
 
     def until(self, holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
         """Wait until something holds, in the loop."""

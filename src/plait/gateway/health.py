@@ -71,6 +71,7 @@ async def status(door: Door) -> Response:
         {
             "state": door.engine.state,
             "model": door.engine.names[0],
+            "swarm": door.swarm is not None,
             "max_model_tokens": door.engine.model.max_model_tokens if is_loaded else None,
             "running": counts.running,
             "waiting": counts.waiting,

@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, Response
 from pydantic import Field
 
-from plait.errors import NotFound
+from plait.errors import NotFound, Unauthorized
 from plait.gateway.front_door import Door, FrontDoor
 from plait.gateway.json_body import JsonRoute
 from plait.gateway.openai_documents import json_responses
@@ -19,9 +19,13 @@ router = APIRouter(route_class=JsonRoute, tags=["swarm"])
 
 
 class RouteQuestion(WireModel):
-    """A request, as far as its route is concerned; `need_tokens` is its prompt and answer together."""
+    """A request, as far as its route is concerned; `need_tokens` is its prompt and answer together.
+
+    With `beside_front` the answer has the front also where the mode does not choose from one, and the chain's values.
+    """
 
     route: RouteFields | None = None
+    beside_front: bool = False
     need_tokens: Annotated[int, Field(ge=0, le=2**24)] | None = None
 
 
@@ -41,7 +45,7 @@ async def status(door: Door) -> Response:
 @router.get("/swarm/ticket", responses=json_responses("A ticket, to be passed on like a password."))
 async def ticket(door: Door) -> Response:
     """A ticket that lets other machines join."""
-    return json_response({"ticket": _desk(door).ticket()})
+    return json_response({"ticket": _owners_desk(door).ticket()})
 
 
 @router.post("/swarm/route", responses=json_responses("The chain chosen, and the front."))
@@ -49,13 +53,24 @@ async def route(question: RouteQuestion, door: Door) -> Response:
     """How a request would be routed now; nothing runs."""
     desk = _desk(door)
     ask = (question.route or RouteFields()).ask()
-    return json_response(await desk.route(ask, question.need_tokens or 0))
+    return json_response(await desk.route(ask, question.need_tokens or 0, beside_front=question.beside_front))
 
 
 @router.post("/swarm/leave", responses=json_responses("The id of the machine that was told."))
 async def leave(order: LeaveOrder, door: Door) -> Response:
     """Tell a machine to hand over its sessions and leave."""
-    return json_response({"peer": await _desk(door).ask_to_leave(order.peer)})
+    return json_response({"peer": await _owners_desk(door).ask_to_leave(order.peer)})
+
+
+def _owners_desk(door: FrontDoor) -> SwarmDesk:
+    """The desk, for what lets machines in or out: not for everybody who may ask a server without keys something."""
+    desk = _desk(door)
+    if not (door.options.api_key_hashes or door.options.local_names_only):
+        raise Unauthorized(
+            "this server answers anyone who reaches it (--insecure-no-auth), so nobody changes its swarm through it; "
+            "start it with --api-key, or without --insecure-no-auth on a loopback address"
+        )
+    return desk
 
 
 def _desk(door: FrontDoor) -> SwarmDesk:

@@ -34,8 +34,13 @@ class SwarmDesk(Protocol):
         """A ticket that lets machines join from now on until it expires."""
         ...
 
-    async def route(self, ask: RouteAsk, need_tokens: int) -> Mapping[str, Any]:
+    async def route(
+        self, ask: RouteAsk, need_tokens: int, *, beside_front: bool = False
+    ) -> Mapping[str, Any]:
         """The chain that a request with such a wish would get now, and the front it is chosen from.
+
+        With `beside_front`, the front is that of the wish's objectives whatever the mode, and `values` are the
+        chain's in them.
 
         Raises:
             BadRequest: the wish makes no sense.

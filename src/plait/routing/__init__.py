@@ -10,7 +10,7 @@ front_search.py  mode `exact`: the whole front by label setting
 evolution.py     mode `tradeoff`: NSGA-II and NSGA-III, on operators.py and seeds.py
 random_walk.py   mode `throughput`;  pinned.py  mode `pinned`
 joint.py         chains for several sessions at once
-describe.py      what was chosen, as JSON
+describe.py      what was chosen, as JSON;  standing.py  any chain beside the front
 picks.py         which point of a front;  pareto.py  dominance and hypervolume;  path_values.py  costs of given paths
 """
 
@@ -28,6 +28,7 @@ from plait.routing.choose import choose_chain
 from plait.routing.costs import DEFAULT_DECODE_TOKENS_PER_S
 from plait.routing.describe import routed_fields
 from plait.routing.graph import delays_s
+from plait.routing.joint import Assignment, JointFront, JointObjectiveName, assign_chains
 from plait.routing.load import HOP_OVERHEAD_S
 from plait.routing.objectives import LATENCY_AND_THROUGHPUT, NETWORK_AND_COMPUTE, ObjectiveName
 from plait.routing.pareto import hypervolume, nondominated, normalised_hypervolume
@@ -41,6 +42,7 @@ from plait.routing.picks import (
     parse_pick,
 )
 from plait.routing.router import Router
+from plait.routing.standing import Standing, standing_of
 from plait.routing.wish import RouteWish, wish_of_fields
 
 __all__ = [
@@ -48,12 +50,15 @@ __all__ = [
     "HOP_OVERHEAD_S",
     "LATENCY_AND_THROUGHPUT",
     "NETWORK_AND_COMPUTE",
+    "Assignment",
     "Balanced",
     "Budget",
     "Chain",
     "Front",
     "FrontMember",
     "Hop",
+    "JointFront",
+    "JointObjectiveName",
     "LatencyFirst",
     "ObjectiveName",
     "Pick",
@@ -62,8 +67,10 @@ __all__ = [
     "Routed",
     "Router",
     "Sampled",
+    "Standing",
     "ThroughputFirst",
     "alternatives",
+    "assign_chains",
     "check_chain",
     "choose_chain",
     "delays_s",
@@ -72,5 +79,6 @@ __all__ = [
     "normalised_hypervolume",
     "parse_pick",
     "routed_fields",
+    "standing_of",
     "wish_of_fields",
 ]

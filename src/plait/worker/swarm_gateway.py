@@ -15,7 +15,7 @@ import numpy as np
 from plait.cluster import PeerProgress, PeerRecord, SwarmView, format_blocks
 from plait.errors import ServingError
 from plait.metrics import MachineFacts, SwarmFacts
-from plait.routing import Chain, Front, Routed, choose_chain, wish_of_fields
+from plait.routing import choose_chain, routed_fields, standing_of, wish_of_fields
 from plait.session import RouteAsk
 from plait.transport import LinkTraffic, SwarmSecret, Ticket, TicketPeer
 from plait.wire import ChainHop, LeaveAsk
@@ -185,8 +185,13 @@ class SwarmGateway:
             ],
         }
 
-    async def route(self, ask: RouteAsk, need_tokens: int) -> Mapping[str, Any]:
+    async def route(
+        self, ask: RouteAsk, need_tokens: int, *, beside_front: bool = False
+    ) -> Mapping[str, Any]:
         """The chain that such a wish would get now, and the front it is chosen from.
+
+        With `beside_front`, the front is that of the wish's objectives whatever the mode, and `values` are the
+        chain's in them.
 
         Raises:
             BadRequest: the wish makes no sense.
@@ -194,22 +199,29 @@ class SwarmGateway:
             NotReady: the model is not known yet.
         """
         lookout = self.engine.lookout
-        view = lookout.view()
+        view, blocks = lookout.view(), range(lookout.model_blocks)
         wish = wish_of_fields(ask.fields, self.engine.options.route, view)
         wish = replace(wish, need_tokens=need_tokens)
         loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + self.engine.options.route_s
         began_s = loop.time()
+
+        def late() -> bool:
+            return loop.time() > began_s + self.engine.options.route_s
+
         routed = await asyncio.to_thread(
-            lambda: choose_chain(
-                view,
-                range(lookout.model_blocks),
-                wish,
-                rng=np.random.default_rng(),
-                deadline=lambda: loop.time() > deadline_s,
-            )
+            lambda: choose_chain(view, blocks, wish, rng=np.random.default_rng(), deadline=late)
         )
-        return {**_routed(routed, view), "route_s": loop.time() - began_s}
+        route_s = loop.time() - began_s
+        if not beside_front:
+            return {**routed_fields(routed, view), "route_s": route_s}
+        standing = await asyncio.to_thread(
+            lambda: standing_of(view, blocks, routed.chain, wish, deadline=late)
+        )
+        return {
+            **routed_fields(replace(routed, front=standing.front), view),
+            "values": [_finite(value) for value in standing.values],
+            "route_s": route_s,
+        }
 
     async def ask_to_leave(self, peer: str) -> str:
         """Tell a machine, by name or id, to leave; returns its id.
@@ -276,31 +288,6 @@ def _machine(record: PeerRecord, now_s: float) -> dict[str, Any]:
         "price_per_hour": record.terms.price_per_hour,
         "busy_watts": record.terms.busy_watts,
     }
-
-
-def _routed(routed: Routed, view: SwarmView) -> dict[str, Any]:
-    return {
-        "mode": routed.mode,
-        "chain": _chain(routed.chain, view),
-        "expected_step_s": _finite(routed.expected_step_s),
-        "reasons": list(routed.reasons),
-        "front": _front(routed.front, view),
-    }
-
-
-def _front(front: Front, view: SwarmView) -> dict[str, Any]:
-    return {
-        "objectives": list(front.objectives),
-        "exact": front.exact,
-        "members": [
-            {"chain": _chain(member.chain, view), "values": [_finite(value) for value in member.values]}
-            for member in front.members
-        ],
-    }
-
-
-def _chain(chain: Chain, view: SwarmView) -> list[dict[str, Any]]:
-    return _chain_of((ChainHop(hop.peer, hop.span.start, hop.span.stop) for hop in chain), view)
 
 
 def _chain_of(hops: Iterable[ChainHop], view: SwarmView) -> list[dict[str, Any]]:

@@ -166,3 +166,24 @@ def test_machines_choose_leave_and_come_back(tmp_path: Path, plait: InProcess) -
         assert it.chat(**GREEDY)["token_ids"] == expected(**GREEDY)["token_ids"]
         it.gateway.signal(signal.SIGTERM)
         assert it.gateway.wait() == 0
+
+
+def test_an_answer_survives_the_process_that_computes_it(pair: Swarm) -> None:
+    asked = {"prompt": "plait is", "max_tokens": 48, "temperature": 0, "ignore_eos": True}
+    expected_text = httpx.post(pair.origin + "/v1/completions", json=asked, timeout=60).json()["choices"][0][
+        "text"
+    ]
+    pair.join("spare", "--blocks", "3:6").wait_for("ready:")
+    front = next(machine["name"] for machine in pair.status()["machines"] if machine["is_gateway"])
+    body = asked | {"stream": True, "route": {"pinned": [front, "back"]}}
+    text = ""
+    with httpx.stream("POST", pair.origin + "/v1/completions", json=body, timeout=60) as response:
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            assert "error" not in event, event
+            text += "".join(choice["text"] for choice in event["choices"])
+            pair.machines["back"].signal(signal.SIGKILL)
+    assert text == expected_text
+    assert pair.status()["recoveries_total"] >= 1

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from virtual_time import run_virtual
 
 from plait.ids import PeerId, SessionId
+from plait.simulator import run_virtual
 from plait.transport import (
     Carrier,
     Identity,

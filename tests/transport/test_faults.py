@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from rigs import MESSAGE, SECRET, Member, identity
-from virtual_time import VirtualLoop, run_virtual
 
 from plait.errors import PeerLost
+from plait.simulator import VirtualLoop, run_virtual
 from plait.transport import Link, MemoryNet, NetworkLimits, Wire, draw_faults
 from plait.transport.handshake import greet
 from plait.wire import (

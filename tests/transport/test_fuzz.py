@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rigs import SECRET, UNIX_NOW_S, Member, identity
-from virtual_time import run_virtual
 
 from plait.errors import ServingError
+from plait.simulator import run_virtual
 from plait.transport import Link, MemoryNet, NetworkLimits
 from plait.transport.handshake import greet
 from plait.wire import Message, encode_frame

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from rigs import KINDS, MESSAGE, QUICK, SECRET, UNIX_NOW_S, Member, Rig, identity
-from virtual_time import run_virtual
 
 from plait.errors import PeerLost
+from plait.simulator import run_virtual
 from plait.transport import (
     Carrier,
     Identity,

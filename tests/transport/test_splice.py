@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 from rigs import MESSAGE, QUICK, SECRET, Member, SplicedRig, identity
-from virtual_time import run_virtual
 
 from plait.errors import PeerLost
+from plait.simulator import run_virtual
 from plait.transport import MemoryNet, NetworkLimits, TlsCarrier, Wire
 from plait.transport.link import Link
 from plait.transport.tls import TlsContexts

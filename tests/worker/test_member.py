@@ -18,11 +18,11 @@ from swarm_rig import (
     tiny_model,
     tiny_request,
 )
-from virtual_time import run_virtual
 
 from plait.cluster import PeerRates, PeerRecord
 from plait.errors import BadSetup, EngineFailure
 from plait.ids import PeerId
+from plait.simulator import run_virtual
 from plait.transport import Identity, MemoryNet, TicketPeer, Wire
 from plait.wire import LeaveAsk
 from plait.worker.engine_thread import run_inline

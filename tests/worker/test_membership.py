@@ -8,10 +8,10 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 import pytest
-from virtual_time import run_virtual
 
 from plait.cluster import PeerRecord
 from plait.ids import PeerId
+from plait.simulator import run_virtual
 from plait.transport import Identity, MemoryNet, Network, NetworkLimits, SwarmSecret, TicketPeer, Wire
 from plait.wire import CloseSession, Digest, Gossip, RecordVersion, SignedRecord
 from plait.worker import Membership, MembershipLimits

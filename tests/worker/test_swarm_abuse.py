@@ -19,11 +19,11 @@ from swarm_rig import (
     tiny_model,
     tiny_request,
 )
-from virtual_time import run_virtual
 
 from plait.ids import PeerId, SessionId
 from plait.kernels import native_available
 from plait.session import SamplingParams, to_wire_sampling
+from plait.simulator import run_virtual
 from plait.transport import Network
 from plait.wire import (
     Buffer,

@@ -3,7 +3,8 @@
 import asyncio
 
 from swarm_rig import Answer, cut_at, some_prompt, swarm, tiny_request
-from virtual_time import run_virtual
+
+from plait.simulator import run_virtual
 
 TOKENS = 40
 PROMPT = some_prompt(20, 1)

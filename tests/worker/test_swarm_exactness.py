@@ -15,12 +15,12 @@ from swarm_rig import (
     swarm,
     tiny_request,
 )
-from virtual_time import run_virtual
 
 from plait.errors import BadRequest
 from plait.kernels import native_available
 from plait.routing import RouteWish
 from plait.session import Constraint, GenerationRequest
+from plait.simulator import run_virtual
 from plait.worker.swarm_engine import SwarmOptions
 
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 from swarm_rig import Answer, SwarmRig, cut_at, on_one_machine, some_prompt, swarm, tiny_request
-from virtual_time import run_virtual
 
 from plait.errors import BadRequest, NoCapacity, NoRoute
 from plait.kernels import native_available
 from plait.session import RouteAsk, SessionTimes
+from plait.simulator import run_virtual
 from plait.worker.swarm_engine import SwarmOptions
 
 # A replay computes in other batches than the first time: what gives the same bits in any batch gives the same tokens.

@@ -6,6 +6,9 @@ is) run NSGA-II from random walks alone, and random walks alone, each with the s
 chain is from a view to a chain; `kept` is what a `Router` needs once it has the view's graph (and front). CPU time
 of the thread is what counts on a busy machine; wall time is recorded beside it.
 
+Last, what does not decompose over hops: sessions that start at once, on machines that are paid while they are in
+use. Choosing for one after the other is compared with the front of all together.
+
     nice python bench/routing.py             a few minutes on one core
     nice python bench/routing.py --quick     to see that it works; writes nothing
 """
@@ -28,6 +31,7 @@ from plait.routing import (
     ObjectiveName,
     Router,
     RouteWish,
+    assign_chains,
     choose_chain,
     nondominated,
     normalised_hypervolume,
@@ -43,6 +47,7 @@ from plait.routing.seeds import seed_paths
 
 PAIRS = {"A: network, compute": NETWORK_AND_COMPUTE, "B: latency, throughput": LATENCY_AND_THROUGHPUT}
 SIZES = ((60, 80, None), (300, 126, 64), (1000, 126, 64))  # workers, blocks, round trips in a record
+JOINT_SESSIONS = (4, 16)
 MODES: dict[str, RouteWish] = {
     "load (the default)": RouteWish(mode="load"),
     "latency": RouteWish(mode="latency"),
@@ -128,6 +133,34 @@ def times(view: SwarmView, wish: RouteWish, repeats: int) -> dict[str, dict[str,
     return taken
 
 
+def joint(view: SwarmView, sessions: int, *, evaluations: int, seed: int) -> dict[str, Any]:
+    """Sessions that start at once: choosing one by one against the front of all together."""
+    began_s = time.thread_time()
+    front = assign_chains(
+        view,
+        range(view.model_blocks),
+        sessions=sessions,
+        objectives=("mean_round_s", "price"),
+        need_tokens=500,
+        evaluations=evaluations,
+        rng=np.random.default_rng(seed),
+    )
+    cpu_s = time.thread_time() - began_s
+    values = [member.values for member in front.members]
+    in_turn_s, in_turn_price = front.one_by_one.values
+    # How much cheaper one can be if rounds may take a twentieth longer.
+    near = min(price for round_s, price in values if round_s <= 1.05 * in_turn_s)
+    return {
+        "sessions": sessions,
+        "one_by_one": [in_turn_s, in_turn_price],
+        "front": [list(point) for point in values],
+        "best_round_ratio": min(round_s for round_s, _ in values) / in_turn_s,
+        "price_ratio_within_5_percent": near / in_turn_price,
+        "cheapest_price_ratio": min(price for _, price in values) / in_turn_price,
+        "cpu_s": cpu_s,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -149,6 +182,10 @@ def main() -> None:
                 size["fronts"].setdefault(pair, []).append(
                     fronts(view, names, seeds=options.seeds, evaluations=options.evaluations)
                 )
+            for sessions in JOINT_SESSIONS if peers == SIZES[0][0] else ():
+                size.setdefault("joint", []).append(
+                    joint(view, sessions, evaluations=4 * options.evaluations, seed=number)
+                )
             for mode, wish in MODES.items():
                 repeats = max(1, options.repeats // (10 if wish.mode == "tradeoff" else 1))
                 size["times"].setdefault(mode, []).append(times(view, wish, repeats))
@@ -157,6 +194,7 @@ def main() -> None:
             "hypervolume": {pair: summarise_fronts(runs) for pair, runs in found["fronts"].items()},
             "time_to_chain_ms": {mode: summarise_times(runs) for mode, runs in found["times"].items()},
         }
+        | ({"joint": summarise_joint(found["joint"])} if "joint" in found else {})
         for size, found in samples.items()
     }
     if options.quick:
@@ -182,6 +220,17 @@ def summarise_fronts(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "cpu_s": round(median(run[search]["cpu_s"] for run in runs), 3),
         }
     return summary
+
+
+def summarise_joint(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over swarms, by the number of sessions."""
+    return {
+        str(sessions): {
+            name: round(statistics.median(run[name] for run in runs if run["sessions"] == sessions), 4)
+            for name in ("best_round_ratio", "price_ratio_within_5_percent", "cheapest_price_ratio", "cpu_s")
+        }
+        for sessions in JOINT_SESSIONS
+    }
 
 
 def median(samples: Iterable[Sequence[float]]) -> float:

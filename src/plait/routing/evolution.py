@@ -36,6 +36,7 @@ Genome = tuple[Path, ...]
 CROSSOVER_PROBABILITY = 0.9
 MUTATION_PROBABILITY = 0.9
 POPULATION = 100
+MATING_ROUNDS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +88,8 @@ def evolve_front(
     else:
         directions = _directions(objectives, budget.population)
         algorithm = NSGA3(directions, pop_size=max(budget.population, len(directions)), **operations)
+    # With fewer chains than the population could hold, pymoo would look for new ones a hundred times over.
+    algorithm.mating.n_max_iterations = MATING_ROUNDS
     minimize(problem, algorithm, _Spent(budget), seed=int(rng.integers(2**31)))
     return GenomeFront(
         genomes=tuple(problem.kept),

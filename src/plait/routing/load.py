@@ -54,11 +54,11 @@ def least_loaded_round(
     announced = np.array(
         [record.load.sessions + unannounced.get(record.peer, 0) for record in graph.records], dtype=np.float64
     )
-    closing_s = _closing_delays_s(graph) if closed else None
-    idle_s, _ = _shortest_round(graph, load_cost(graph, need_tokens, nobody, round_s=1.0), closing_s)
+    closing_s = closing_delays_s(graph) if closed else None
+    idle_s, _ = shortest_round(graph, load_cost(graph, need_tokens, nobody, round_s=1.0), closing_s)
     cost = load_cost(graph, need_tokens, announced, round_s=idle_s)
     factor = rng.lognormal(0.0, spread, graph.servers)
-    _, path = _shortest_round(
+    _, path = shortest_round(
         graph, replace(cost, arrive=cost.arrive * factor, per_block=cost.per_block * factor), closing_s
     )
     return _round_s(graph, cost, path, closing_s), path
@@ -111,14 +111,14 @@ def _tokens_of_others(sessions: Floats, pass_s: Floats, row_s: Floats, round_s: 
     )
 
 
-def _closing_delays_s(graph: ChainGraph) -> Floats:
+def closing_delays_s(graph: ChainGraph) -> Floats:
     """From last hops to first hops, [leaving, entering]; nothing from a server to itself."""
     first = graph.entering - graph.leaving.start  # counted among those that leave
     last = np.arange(len(graph.closing_delay_s), dtype=np.intp)
     return np.where(last[:, None] == first, 0.0, graph.closing_delay_s)
 
 
-def _shortest_round(graph: ChainGraph, cost: SumCost, closing_s: Floats | None) -> tuple[float, Path]:
+def shortest_round(graph: ChainGraph, cost: SumCost, closing_s: Floats | None) -> tuple[float, Path]:
     """The chain of least cost; a closed round costs the way from its last hop to its first, not those to the driver.
 
     Closed rounds are searched for from one first hop after the other, the most promising first, until the bounds of

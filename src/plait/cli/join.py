@@ -16,7 +16,7 @@ from plait.cli.flags import with_settings
 from plait.cli.leash import end_with_input, read_line
 from plait.cli.serving import LOOK_S, run_async
 from plait.cli.terminal import JsonFlag, bytes_bar, note, print_json, say
-from plait.errors import BadSetup, EngineFailure, PeerLost
+from plait.errors import BadSetup, EngineFailure
 from plait.settings import Settings
 
 if TYPE_CHECKING:
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from plait.wire import ModelTold
     from plait.worker import Member, SpanSource, SwarmNode
 
-# How long the ticket's members are tried, and asked for the model that one of them may still be loading.
-INTRODUCTION_S = 30.0
+# How long the swarm is asked for its model, which the member that is asked may still be loading.
 MODEL_S = 600.0
 RETRY_S = 0.5
 
@@ -107,13 +106,12 @@ async def joined(settings: Settings, ticket: "Ticket") -> "AsyncGenerator[Member
 
     # Imported before there are links: it takes seconds, in which no other machine would be answered.
     from plait.cli.swarm_setup import (
-        keep_joined_secret,
+        be_introduced,
         make_node,
         member_options,
         secret_for_ticket,
         take_seat,
     )
-    from plait.transport import SwarmSecret
     from plait.worker import Member
 
     async with AsyncExitStack() as stack:
@@ -121,35 +119,11 @@ async def joined(settings: Settings, ticket: "Ticket") -> "AsyncGenerator[Member
         secret = secret_for_ticket(settings, ticket)
         node = make_node(settings, seat, secret, np.random.default_rng(), ticket=ticket)
         await stack.enter_async_context(node)
-        introducer = await _introduction(node, ticket)
-        if isinstance(node.network.secret, SwarmSecret):
-            keep_joined_secret(settings, node.network.secret)
+        introducer = await be_introduced(settings, node)
         told = await _ask_model(node, introducer)
         source = await _source(settings, node, told, introducer, stack)
         node.exchange.offer = source.offer
         yield await stack.enter_async_context(Member(node, source, member_options(settings, seat)))
-
-
-async def _introduction(node: "SwarmNode", ticket: "Ticket") -> "PeerId":
-    """A link to one of the ticket's members."""
-    problem = "the ticket names no member that can be dialled"
-    try:
-        async with asyncio.timeout(INTRODUCTION_S):
-            while True:
-                for introducer in ticket.peers:
-                    try:
-                        await node.network.connect(introducer.peer)
-                    except PeerLost as error:
-                        problem = error.message
-                    else:
-                        return introducer.peer
-                await asyncio.sleep(RETRY_S)
-    except TimeoutError:
-        pass
-    raise BadSetup(
-        f"nobody named by the ticket lets this machine in ({problem}); check that the server runs and listens where "
-        "this machine reaches it (--swarm-listen), or ask for a new ticket"
-    )
 
 
 async def _ask_model(node: "SwarmNode", introducer: "PeerId") -> "ModelTold":

@@ -112,11 +112,13 @@ async def serve_until(
 
     options = gateway_options(settings, api_key_hashes=api_key_hashes)
     if settings.server.swarm:
-        from plait.cli.swarm_setup import make_gateway, take_seat
+        from plait.cli.swarm_setup import be_introduced, make_gateway, take_seat
 
         with take_seat(settings) as seat:
             swarm = make_gateway(settings, seat)
             async with _http_server(create_app(swarm.engine, options, desk=swarm), listener), swarm:
+                if swarm.node.introducers:
+                    await be_introduced(settings, swarm.node)
                 on_swarm(swarm)
 
                 async def on_covered() -> None:

@@ -1,9 +1,11 @@
 """From settings to a place in a swarm: keys, addresses, how the member behaves."""
 
+import asyncio
 import fcntl
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from plait import __version__
-from plait.errors import BadSetup
+from plait.errors import BadSetup, PeerLost
 from plait.settings import Settings
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from plait.ids import PeerId
     from plait.transport import Identity, SwarmSecret, Ticket, TicketSecret
     from plait.worker import MemberOptions, SpanLimits, SwarmGateway, SwarmNode
 
@@ -25,6 +28,9 @@ MAX_SEATS = 64
 # A record holds for so many of its announcements, and not less than so long: others' clocks differ by seconds.
 MISSED_ANNOUNCEMENTS = 6
 MIN_RECORD_LIFE_S = 20.0
+# How long the members that a ticket names are tried.
+INTRODUCTION_S = 30.0
+RETRY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +98,37 @@ def secret_for_ticket(settings: Settings, ticket: "Ticket") -> "SwarmSecret | Ti
     return SwarmSecret.load_or_make(file) if file.exists() else ticket.secret
 
 
-def keep_joined_secret(settings: Settings, secret: "SwarmSecret") -> None:
-    """Remember the secret of a swarm that let this machine in, so that it can come back."""
-    file = _joined_file(settings, secret.swarm)
-    if not file.exists():
-        secret.save(file)
+async def be_introduced(settings: Settings, node: "SwarmNode") -> "PeerId":
+    """A link to one of the members that the node's ticket names; the swarm's secret is kept, to come back with.
+
+    Raises:
+        BadSetup: none of them lets this machine in.
+    """
+    from plait.transport import SwarmSecret
+
+    problem = "the ticket names no member that can be dialled"
+    try:
+        async with asyncio.timeout(INTRODUCTION_S):
+            while True:
+                for introducer in node.introducers:
+                    try:
+                        await node.network.connect(introducer.peer)
+                    except PeerLost as error:
+                        problem = error.message
+                        continue
+                    secret = node.network.secret
+                    if isinstance(secret, SwarmSecret):
+                        file = _joined_file(settings, secret.swarm)
+                        if not file.exists():
+                            secret.save(file)
+                    return introducer.peer
+                await asyncio.sleep(RETRY_S)
+    except TimeoutError:
+        pass
+    raise BadSetup(
+        f"nobody named by the ticket lets this machine in ({problem}); check that the server runs and listens where "
+        "this machine reaches it (--swarm-listen), or ask for a new ticket"
+    )
 
 
 def make_node(
@@ -137,6 +169,7 @@ def make_gateway(settings: Settings, seat: Seat) -> "SwarmGateway":
     from plait.cli.options import served_names, undecided_options, wishes
     from plait.engine import resolve_model
     from plait.routing import RouteWish
+    from plait.transport import Ticket
     from plait.worker import LoadProgress, SpanSource, SwarmGateway, SwarmOptions, source_of_folder
 
     if settings.engine.tensor_parallel_size > 1:
@@ -153,8 +186,12 @@ def make_gateway(settings: Settings, seat: Seat) -> "SwarmGateway":
             model.name, undecided_options(settings, folder), wishes(settings), span_limits(settings)
         )
 
+    ticket = None
+    if settings.swarm.ticket is not None:
+        ticket = Ticket.parse(settings.swarm.ticket.get_secret_value(), unix_now_s=time.time())
+    secret = own_secret(settings) if ticket is None else secret_for_ticket(settings, ticket)
     return SwarmGateway(
-        make_node(settings, seat, own_secret(settings), np.random.default_rng()),
+        make_node(settings, seat, secret, np.random.default_rng(), ticket=ticket),
         names=served_names(settings),
         open_source=open_source,
         member_options=member_options(settings, seat),

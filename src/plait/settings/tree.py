@@ -284,6 +284,12 @@ class ServerSettings(Section):
 class SwarmSettings(Section):
     """One machine of a swarm: what it serves, how others reach it, and which machines answer a request."""
 
+    ticket: SecretStr | None = setting(
+        None,
+        "For `plait serve --swarm`: be one more gateway of this ticket's swarm, for the same model; without it the "
+        "swarm is this user's own.",
+        flag="--ticket",
+    )
     name: str = setting(
         "", "What people see this machine called; without it its host's name.", flag="--name", max_length=64
     )
@@ -454,7 +460,14 @@ def _facts(section: str, name: str, field: FieldInfo) -> SettingFacts:
     )
 
 
-_KINDS: dict[object, str] = {bool: "switch", int: "integer", float: "number", Path: "file", str: "text"}
+_KINDS: dict[object, str] = {
+    bool: "switch",
+    int: "integer",
+    float: "number",
+    Path: "file",
+    str: "text",
+    SecretStr: "text",
+}
 
 
 def _kind(field: FieldInfo, *, is_size: bool) -> str:

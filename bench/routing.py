@@ -19,6 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -201,7 +202,11 @@ def main() -> None:
         print(json.dumps(summary, indent=1))
         return
     write_result(
-        "routing", settings=vars(options), samples=samples, summary=summary, figures=figures(samples)
+        "routing",
+        settings=vars(options) | {"pymoo": version("pymoo")},
+        samples=samples,
+        summary=summary,
+        figures=figures(samples),
     )
 
 

@@ -1,0 +1,65 @@
+"""Who a machine is in a swarm, and what it tells others to dial."""
+
+import stat
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from plait.cli.swarm_setup import asked_blocks, member_options, own_secret, reaches_beyond, take_seat
+from plait.errors import BadSetup
+from plait.settings import Settings, load_settings
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return load_settings(flags={"swarm.folder": tmp_path})
+
+
+def test_a_machine_is_the_same_after_a_restart(settings: Settings) -> None:
+    with take_seat(settings) as first:
+        peer = first.identity.peer
+    with take_seat(settings) as again:
+        assert again.identity.peer == peer and again.name == first.name
+
+
+def test_two_processes_at_once_are_two_machines(settings: Settings) -> None:
+    with take_seat(settings) as first, take_seat(settings) as second, take_seat(settings) as third:
+        assert len({seat.identity.peer for seat in (first, second, third)}) == 3
+        assert second.name == first.name + "-2" and third.name == first.name + "-3"
+
+
+def test_a_name_that_was_asked_for_is_not_taken_twice(tmp_path: Path) -> None:
+    named = load_settings(flags={"swarm.folder": tmp_path, "swarm.name": "attic pi/4"})
+    with take_seat(named) as seat:
+        assert seat.name == "attic pi/4"
+        with pytest.raises(BadSetup, match="is in a swarm as 'attic pi/4' already"), take_seat(named):
+            pass
+
+
+def test_keys_are_for_their_owner_alone(settings: Settings, tmp_path: Path) -> None:
+    with take_seat(settings):
+        own_secret(settings)
+    files = [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".lock"]
+    assert len(files) == 2
+    assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in files)
+    assert own_secret(settings).swarm == own_secret(settings).swarm
+
+
+def test_seats_end(settings: Settings) -> None:
+    with ExitStack() as stack, pytest.raises(BadSetup, match="processes on this machine are in swarms"):
+        for _ in range(100):
+            stack.enter_context(take_seat(settings))
+
+
+@pytest.mark.parametrize(("text", "blocks"), [("3:6", range(3, 6)), ("auto", "auto"), ("none", "none")])
+def test_blocks_are_read(text: str, blocks: object, tmp_path: Path) -> None:
+    assert asked_blocks(text) == blocks
+    settings = load_settings(flags={"swarm.blocks": text, "swarm.folder": tmp_path})
+    with take_seat(settings) as seat:
+        assert member_options(settings, seat).blocks == blocks
+
+
+def test_loopback_is_known_from_what_others_reach() -> None:
+    assert not reaches_beyond(("tls://127.0.0.1:7000", "tls://[::1]:7000"))
+    assert reaches_beyond(("tls://127.0.0.1:7000", "tls://192.0.2.1:7000"))

@@ -144,7 +144,7 @@ def test_dials_back_off_and_start_again_when_something_new_is_known() -> None:
         async with swarm(1) as (_, (near,)):
             nobody = identity(7).peer
             dials: list[float] = []
-            carrier = near.network._carriers["mem"]
+            carrier = near.network._dialler._carriers["mem"]
             dial = carrier.dial
 
             async def counted(address: str, **options: object) -> Link:
@@ -235,7 +235,7 @@ def _say(link: Link, message: Message, *buffers: bytes) -> None:
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        (lambda link: _say(link, Pong(77)), "a ping that it was not sent"),
+        (lambda link: _say(link, Pong(77, False)), "a ping that it was not sent"),
         (lambda link: _say(link, Credit(2**53)), "gives credit"),
         (lambda link: _say(link, Challenge(1, bytes(32))), "Challenge after the handshake"),
         (lambda link: link.write(b"\x93\xa4ping"), "not a message"),
@@ -356,7 +356,7 @@ def test_strangers_that_say_nothing_are_closed_and_leave_nothing(caplog: pytest.
             await far.hears(1)
             await asyncio.sleep(DEFAULT.handshake_timeout_s + 1)
             assert all(link.closed for link in crowd)
-            assert not far.network._strangers
+            assert not far.network._doorkeeper.strangers
 
     run_virtual(main())
     lines = alarms(caplog)

@@ -116,7 +116,7 @@ async def _survive(script: list[bytes | str], introduced: bool) -> None:
         await victim.hears(before + 1)
         assert witness.lost == [] and witness.peer in victim.network.connected()
         await asyncio.sleep(10)
-        assert not victim.network._strangers
+        assert not victim.network._doorkeeper.strangers
         assert victim.network.connected() == {witness.peer}  # the rogue never answers a ping
         assert not victim.network._splices._carried and not victim.network._splices._ends
 

@@ -95,7 +95,7 @@ def test_a_ticket_lets_in_once_and_for_all(rig: Rig) -> None:
             limits=LIMITS,
         )
         async with rig.members(LIMITS) as (near, far), newcomer.network:
-            far.network._unix_now = near.network._unix_now = lambda: now_s
+            far.network._credentials.unix_now = near.network._credentials.unix_now = lambda: now_s
             addresses = near.network._peers[far.peer].addresses
             newcomer.network.learn(far.peer, addresses)
             await newcomer.tell(far, 1)
@@ -129,7 +129,7 @@ def test_a_newcomer_lets_nobody_in_before_it_is_in_itself(rig: Rig) -> None:
 
     async def main() -> None:
         async with rig.members(LIMITS) as (near, far):
-            far.network.secret = ticket
+            far.network._credentials.secret = ticket
             with pytest.raises(PeerLost):
                 await near.tell(far, 1)
             assert far.linked == []
@@ -358,7 +358,7 @@ def test_plain_tcp_to_a_tls_port_gets_nowhere(caplog: pytest.LogCaptureFixture) 
             with pytest.raises(Exception, match=r"frame|closed|broken"):
                 await link.recv()
             await asyncio.sleep(0.1)
-            assert not far.network._strangers
+            assert not far.network._doorkeeper.strangers
 
     asyncio.run(main())
     assert len(refusals(caplog)) == 1

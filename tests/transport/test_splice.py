@@ -110,7 +110,7 @@ def test_the_member_in_the_middle_cannot_be_taken_for_the_other_end() -> None:
 def test_when_the_middle_dies_another_one_carries() -> None:
     async def main() -> None:
         async with SplicedRig().three() as (near, far, middle):
-            net = middle.network._carriers["mem"]._net  # type: ignore[attr-defined]
+            net = middle.network._dialler._carriers["mem"]._net  # type: ignore[attr-defined]
             other = Member(identity(4), {"mem": net.carrier("other")}, limits=QUICK)
             async with other.network:
                 await other.network.listen("mem://other")
@@ -323,7 +323,7 @@ def test_a_member_without_a_listener_joins_by_a_ticket_through_the_middle() -> N
         ticket = SECRET.for_ticket(1_900_000_000)
         async with SplicedRig().three() as (near, far, middle):
             del near
-            net = middle.network._carriers["mem"]._net  # type: ignore[attr-defined]
+            net = middle.network._dialler._carriers["mem"]._net  # type: ignore[attr-defined]
             newcomer = Member(identity(5), {"mem": net.carrier("newcomer")}, secret=ticket, limits=QUICK)
             async with newcomer.network:
                 newcomer.network.learn(middle.peer, ["mem://middle"])

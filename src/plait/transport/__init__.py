@@ -1,8 +1,10 @@
 """Bytes between machines: links, identities, and the network that everything above sends through.
 
 network.py      all links of one member: send, receive, who is there, who is lost
+known_peer.py   what is known of the way to a peer; dialler.py: links that this member makes; doorkeeper.py: those
+                that others make
 connection.py   one live link: heartbeats, credits, estimates
-handshake.py    two ends prove who they are and that they belong to the swarm
+handshake.py    two ends prove who they are and that they belong to the swarm; credentials.py: with what
 splice.py       streams that a member carries between two others
 link.py         frames over any asyncio transport; what a carrier is
 sockets.py      carriers: TCP, TLS over TCP, unix sockets

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from plait.errors import BadFrame, PeerLost, ServingError
 from plait.ids import PeerId
-from plait.transport.estimate import MEASURED_BYTES, LinkEstimate
+from plait.transport.estimate import LEAST_RTT_S, LEAST_TRANSFER_S, MEASURED_BYTES, LinkEstimate
 from plait.transport.handshake import Greeted
 from plait.transport.limits import NetworkLimits
 from plait.transport.link import Link
@@ -191,9 +191,9 @@ class Connection:
             message = decode_message(frame.header)
             match message:
                 case Ping(number):
-                    self._answer(Pong(number))
-                case Pong(number):
-                    self._ponged(number)
+                    self._answer(Pong(number, bool(self._measured)))
+                case Pong(number, delayed):
+                    self._ponged(number, delayed)
                 case Credit(size_bytes):
                     self._credited(size_bytes)
                 case Goodbye(reason):
@@ -276,12 +276,12 @@ class Connection:
             self._pings[self._ticks] = math.nan if self._measured else self._loop.time()
             self.link.write(encode_message(Ping(self._ticks)))
 
-    def _ponged(self, number: int) -> None:
+    def _ponged(self, number: int, delayed: bool) -> None:
         sent_s = self._pings.pop(number, None)
         if sent_s is None:
             raise BadFrame("it answers a ping that it was not sent")
-        if not math.isnan(sent_s):
-            rtt_s = self._loop.time() - sent_s
+        if not delayed and not math.isnan(sent_s):
+            rtt_s = max(self._loop.time() - sent_s, LEAST_RTT_S)
             self._least_rtt_s = min(self._least_rtt_s, rtt_s)
             self.estimate = self.estimate.with_rtt(rtt_s)
 
@@ -295,7 +295,7 @@ class Connection:
             way_s = 0.0 if math.isinf(self._least_rtt_s) else self._least_rtt_s
             own_s = now_s - max(frame.sent_s + way_s, self._measured_until_s)
             self._measured_until_s = now_s
-            if whole_s > 0:
-                self.estimate = self.estimate.with_bandwidth(frame.size_bytes / max(own_s, whole_s / 10))
+            taken_s = max(own_s, whole_s / 20, LEAST_TRANSFER_S)
+            self.estimate = self.estimate.with_bandwidth(frame.size_bytes / taken_s)
         if not self._measured:
             self._all_measured.set()

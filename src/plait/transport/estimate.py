@@ -7,6 +7,9 @@ BANDWIDTH_WEIGHT = 0.3
 """Of the newest sample."""
 MEASURED_BYTES = 1 << 16
 """Shorter frames say nothing about bandwidth, and do not hold up a ping."""
+LEAST_RTT_S = 1e-4
+LEAST_TRANSFER_S = 1e-3
+"""uvloop's clock counts milliseconds, so that a round trip in a LAN may seem to take none: means of many are right."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,30 +8,29 @@ have arrived, and the sessions above know what to repeat.
 """
 
 import asyncio
-import hashlib
 import logging
-import secrets
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from plait.errors import BadFrame, BadSetup, PeerLost, ServingError
+from plait.errors import BadFrame, PeerLost, ServingError
 from plait.ids import PeerId
 from plait.transport.connection import TICKS_PER_HEARTBEAT, Connection, Outgoing
+from plait.transport.credentials import Credentials
+from plait.transport.dialler import Dialler
+from plait.transport.doorkeeper import Doorkeeper
 from plait.transport.estimate import LinkEstimate
-from plait.transport.handshake import NO_LINK, Greeted, Heard, greet, hear, welcome
+from plait.transport.handshake import Greeted, Heard
 from plait.transport.identity import Identity
+from plait.transport.known_peer import KnownPeer
 from plait.transport.limits import NetworkLimits
 from plait.transport.link import Carrier, Link, LinkClosed, Listener
-from plait.transport.splice import Splices, SpliceTransport
+from plait.transport.splice import Splices
 from plait.transport.ticket import SwarmSecret, TicketSecret
-from plait.transport.tls import TlsContexts
 from plait.transport.traffic import NOTHING, LinkTraffic
 from plait.wire import (
-    NONCE_BYTES,
     Buffer,
     Message,
     Probe,
@@ -52,29 +51,6 @@ OnLost = Callable[[PeerId, str], None]
 OnLinked = Callable[[PeerId], None]
 DEFAULT_LIMITS = NetworkLimits()
 PROBE_BYTES = 1 << 20
-_MAX_TOLD = 1024
-"""Refusals that are remembered, so that each is logged once."""
-
-
-@dataclass(slots=True)
-class _Peer:
-    """What is known of the way to a peer, linked or not."""
-
-    id: PeerId
-    addresses: tuple[str, ...] = ()
-    through: tuple[PeerId, ...] = ()
-    kept: bool = False
-    connection: Connection | None = None
-    last_link: bytes = NO_LINK
-    estimate: LinkEstimate = field(default_factory=LinkEstimate)
-    dial: "asyncio.Task[None] | None" = None
-    queue: deque[Outgoing] = field(default_factory=deque[Outgoing])
-    waiters: "list[asyncio.Future[Connection]]" = field(default_factory=list["asyncio.Future[Connection]"])
-    failures: int = 0
-    retry_s: float = 0.0
-    failure: str = ""
-    banned_until_s: float = 0.0
-    before: LinkTraffic = NOTHING  # over the links that have ended
 
 
 def _drop_message(peer: PeerId, message: Message, tensors: tuple[memoryview, ...]) -> None:
@@ -111,25 +87,25 @@ class Network:
         unix_now: Callable[[], float] = time.time,
     ) -> None:
         self.peer = identity.peer
-        self.secret: SwarmSecret | TicketSecret = secret
         self.limits = limits
         self.on_message: OnMessage = _drop_message
         self.on_lost: OnLost = _drop_loss
         self.on_linked: OnLinked = _drop_link
-        self._identity = identity
-        self._carriers = dict(carriers)
-        self._unix_now = unix_now
         self._routes: dict[type, OnMessage] = {}
-        self._incarnation = secrets.token_bytes(NONCE_BYTES)
-        self._peers: dict[PeerId, _Peer] = {}
+        self._peers: dict[PeerId, KnownPeer] = {}
         self._listeners: list[Listener] = []
-        self._strangers: set[Link] = set()
-        self._told: dict[tuple[str, str], None] = {}
-        self._splices = Splices(limits, self._connection_to, self._accept_splice)
-        self._contexts: TlsContexts | None = None
+        self._credentials = Credentials(identity, secret, unix_now)
+        self._doorkeeper = Doorkeeper(self._credentials, limits, decide=self._decide, admit=self._admit)
+        self._splices = Splices(limits, self._connection_to, self._doorkeeper.accept_splice)
+        self._dialler = Dialler(self._credentials, carriers, self._splices, limits, self._connect_middle)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticking: asyncio.TimerHandle | None = None
         self._open = False
+
+    @property
+    def secret(self) -> SwarmSecret | TicketSecret:
+        """What this member can prove: the swarm's secret, or a ticket's as long as nobody has let it in."""
+        return self._credentials.secret
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -152,8 +128,7 @@ class Network:
         await asyncio.gather(
             *(peer.connection.link.close() for peer in linked if peer.connection is not None)
         )
-        for link in list(self._strangers):
-            link.abort()
+        await self._doorkeeper.close()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -162,7 +137,7 @@ class Network:
                 self._splices.lost(peer.connection)
                 peer.connection.fail(PeerLost("this member is stopping"))
                 peer.connection = None
-            self._give_up(peer, "this member is stopping")
+            peer.give_up("this member is stopping")
 
     # -- what the layers above call --------------------------------------------------------------------------
 
@@ -177,7 +152,7 @@ class Network:
         Raises:
             BadSetup: the address is malformed, taken, not of this machine, or of no known scheme.
         """
-        listener = await self._carrier(address).listen(address, self._accept)
+        listener = await self._dialler.carrier(address).listen(address, self._doorkeeper.accept)
         self._listeners.append(listener)
         return listener.address
 
@@ -220,8 +195,7 @@ class Network:
             BadFrame: the message is longer than the peer takes.
         """
         if peer == self.peer:
-            views = tuple(memoryview(tensor) for tensor in tensors)
-            self._loop.call_soon(self._deliver, peer, message, views)
+            self._deliver_to_self(message, tensors)
             return
         header = encode_message(message)
         size_bytes = frame_bytes(len(header), [memoryview(tensor).nbytes for tensor in tensors])
@@ -253,8 +227,7 @@ class Network:
             BadFrame: the message cannot be sent at all.
         """
         if peer == self.peer:
-            views = tuple(memoryview(tensor) for tensor in tensors)
-            self._loop.call_soon(self._deliver, peer, message, views)
+            self._deliver_to_self(message, tensors)
             return True
         known = self._peers.get(peer)
         if known is None or known.connection is None:
@@ -332,9 +305,9 @@ class Network:
         known = self._known(peer)
         self._cut_off(known, reason)
 
-    # -- links that this member makes ------------------------------------------------------------------------
+    # -- making links ----------------------------------------------------------------------------------------
 
-    def _reach(self, peer: PeerId) -> _Peer:
+    def _reach(self, peer: PeerId) -> KnownPeer:
         """A peer that there is a link to, or will be if the dial under way succeeds.
 
         Raises:
@@ -366,10 +339,18 @@ class Network:
             if waiter in known.waiters:
                 known.waiters.remove(waiter)
 
-    async def _dial(self, known: _Peer) -> None:
+    async def _connect_middle(self, middle: PeerId) -> Connection:
+        """The link to a member that is to splice; it is not itself reached through others only."""
+        known = self._known(middle)
+        if known.connection is None and not known.addresses:
+            self._tidy(known)
+            raise PeerLost("no link to it")
+        return await self._connected(middle)
+
+    async def _dial(self, known: KnownPeer) -> None:
         """Make a link by the first way that works; whoever waits is told how it went."""
         try:
-            link, greeted, middle = await self._first_way(known)
+            link, greeted, middle = await self._dialler.dial(known)
             known.dial = None
             self._establish(known, link, greeted, dialled=True, middle=middle)
         except ServingError as error:
@@ -378,172 +359,14 @@ class Network:
             log.exception("peer=%s could not be dialled", known.id[:8])
             self._dial_failed(known, f"{type(error).__name__}: {error}")
 
-    async def _first_way(self, known: _Peer) -> tuple[Link, Greeted, PeerId | None]:
-        """Try all addresses, then all members that splice; each starts when the one before fails or takes long."""
-        ways: list[tuple[PeerId | None, Callable[[], Awaitable[Link]]]] = [
-            (None, lambda address=address: self._dial_address(known.id, address))
-            for address in known.addresses
-        ]
-        ways += [
-            (middle, lambda middle=middle: self._dial_through(known.id, middle))
-            for middle in known.through
-            if middle not in (self.peer, known.id)
-        ]
-        if not ways:
-            raise PeerLost("no address of it is known")
-        failures: list[str] = []
-        running: dict[asyncio.Task[Link], PeerId | None] = {}
-        try:
-            while ways or running:
-                if ways:
-                    middle, way = ways.pop(0)
-                    running[asyncio.ensure_future(way())] = middle
-                done, _ = await asyncio.wait(
-                    running,
-                    timeout=self.limits.stagger_s if ways else None,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                for task in done:
-                    middle = running.pop(task)
-                    try:
-                        link = task.result()
-                        return link, await self._greet(known, link), middle
-                    except ServingError as error:
-                        failures.append(error.message)
-        finally:
-            for task in running:
-                task.cancel()
-            for outcome in await asyncio.gather(*running, return_exceptions=True):
-                if isinstance(outcome, Link):
-                    outcome.abort()
-        raise PeerLost("; ".join(failures))
-
-    async def _dial_address(self, peer: PeerId, address: str) -> Link:
-        try:
-            carrier = self._carrier(address)
-        except BadSetup as error:
-            raise PeerLost(error.message) from None
-        return await carrier.dial(address, peer=peer, timeout_s=self.limits.dial_timeout_s)
-
-    async def _dial_through(self, peer: PeerId, middle: PeerId) -> Link:
-        """A link to `peer` over a stream that `middle` carries; the middle one is dialled directly if need be."""
-        way = self._known(middle)
-        if way.connection is None and not way.addresses:
-            raise PeerLost(f"through {middle[:8]}: no link to it")
-        link = Link(f"splice://{middle}/{peer}")
-        try:
-            async with asyncio.timeout(self.limits.dial_timeout_s):
-                stream = self._splices.open(await self._connected(middle), peer)
-                try:
-                    await stream.accepted
-                    stream.start(self._tls().dial(link, peer))
-                    await link.opened()
-                except BaseException:
-                    stream.abort()
-                    raise
-        except TimeoutError:
-            raise PeerLost(f"through {middle[:8]}: no answer") from None
-        except PeerLost as error:
-            raise PeerLost(f"through {middle[:8]}: {error.message}") from None
-        return link
-
-    async def _greet(self, known: _Peer, link: Link) -> Greeted:
-        try:
-            async with asyncio.timeout(self.limits.handshake_timeout_s):
-                greeted, secret = await greet(
-                    link,
-                    known.id,
-                    identity=self._identity,
-                    secret=self.secret,
-                    incarnation=self._incarnation,
-                    last_link=known.last_link,
-                )
-        except TimeoutError:
-            link.abort()
-            raise PeerLost(f"{link.name}: no answer to the handshake") from None
-        except ServingError as error:
-            link.abort()
-            raise PeerLost(f"{link.name}: {error.message}") from None
-        except asyncio.CancelledError:
-            link.abort()
-            raise
-        if isinstance(self.secret, TicketSecret):
-            self.secret = secret
-        return greeted
-
-    def _dial_failed(self, known: _Peer, reason: str) -> None:
-        known.dial = None
-        known.failures += 1
-        known.failure = reason
-        backoff_s = min(
-            self.limits.backoff_s * 2 ** min(known.failures - 1, 30), self.limits.longest_backoff_s
-        )
-        known.retry_s = self._loop.time() + backoff_s * self._spread(known)
+    def _dial_failed(self, known: KnownPeer, reason: str) -> None:
+        known.dial_failed(reason, self.limits, own=self.peer, now_s=self._loop.time())
         level = logging.INFO if known.kept and known.failures == 1 else logging.DEBUG
         log.log(level, "peer=%s cannot be reached: %s", known.id[:8], reason)
-        self._give_up(known, f"peer {known.id[:8]} cannot be reached: {reason}")
         self._tidy(known)
 
-    def _spread(self, known: _Peer) -> float:
-        """Between 0.75 and 1.25, so that not all members dial a peer at once that comes back; no two runs differ."""
-        drawn = hashlib.sha256(f"{self.peer}{known.id}{known.failures}".encode()).digest()
-        return 0.75 + drawn[0] / 510
-
-    # -- links that others make ------------------------------------------------------------------------------
-
-    def _accept(self, link: Link) -> None:
-        host = _place(link)
-        crowd = sum(_place(other) == host for other in self._strangers)
-        if (
-            not self._open
-            or len(self._strangers) >= self.limits.max_strangers
-            or crowd >= self.limits.max_strangers_per_host
-        ):
-            self._refuse(link, "too many links that have not proved themselves")
-            return
-        self._strangers.add(link)
-        self._spawn(self._admit(link, None))
-
-    def _accept_splice(self, claimed: PeerId, middle: PeerId, stream: SpliceTransport) -> None:
-        link = Link(f"splice://{middle}/{claimed}")
-        self._strangers.add(link)
-        self._spawn(self._admit(link, middle))
-        stream.start(self._tls().accept(link))
-
-    async def _admit(self, link: Link, middle: PeerId | None) -> None:
-        """Hear a stranger out; what fails is logged once for each place and reason, and answered by silence."""
-        try:
-            async with asyncio.timeout(self.limits.handshake_timeout_s):
-                await link.opened()
-                heard = await hear(
-                    link, identity=self._identity, secret=self.secret, unix_now_s=self._unix_now()
-                )
-                known = self._known(heard.hello.peer)
-                await self._decide(known, heard)
-                assert isinstance(self.secret, SwarmSecret), "a ticket's holder hears nobody out"
-                greeted = welcome(
-                    link,
-                    heard,
-                    identity=self._identity,
-                    secret=self.secret,
-                    incarnation=self._incarnation,
-                )
-            self._establish(known, link, greeted, dialled=False, middle=middle)
-        except TimeoutError:
-            self._refuse(link, "it did not prove itself in time")
-        except LinkClosed as error:
-            log.debug("a link from %s: %s", link.name, error.message)
-            link.abort()
-        except ServingError as error:
-            self._refuse(link, error.message)
-        except Exception:
-            log.exception("a link from %s could not be heard out", link.name)
-            link.abort()
-        finally:
-            self._strangers.discard(link)
-
-    async def _decide(self, known: _Peer, heard: Heard) -> None:
-        """Whether this link is to be the one to its peer.
+    async def _decide(self, heard: Heard) -> None:
+        """Whether a link that somebody else has made is to be the one to its peer.
 
         An own dial under way stands if this identity is the smaller one, unless it fails. A link that exists is
         replaced by one of a new process of the peer, or of one that knew the old link and dials even so: the link is
@@ -552,12 +375,15 @@ class Network:
         Raises:
             PeerLost: no.
         """
-        if known.id == self.peer:
+        peer = heard.hello.peer
+        if peer == self.peer:
             raise PeerLost("it has this member's own identity")
+        known = self._known(peer)
         if known.banned_until_s > self._loop.time():
-            raise PeerLost(f"peer {known.id[:8]} was cut off")
-        if known.dial is not None and self.peer < known.id:
+            raise PeerLost(f"peer {peer[:8]} was cut off")
+        if known.dial is not None and self.peer < peer:
             await asyncio.wait([known.dial])
+            known = self._known(peer)
         connection = known.connection
         if connection is None:
             return
@@ -568,22 +394,23 @@ class Network:
         else:
             raise LinkClosed("there is a link already")
 
-    # -- live links ------------------------------------------------------------------------------------------
+    def _admit(self, link: Link, greeted: Greeted, middle: PeerId | None) -> None:
+        self._establish(self._known(greeted.peer), link, greeted, dialled=False, middle=middle)
 
     def _establish(
-        self, known: _Peer, link: Link, greeted: Greeted, *, dialled: bool, middle: PeerId | None
+        self, known: KnownPeer, link: Link, greeted: Greeted, *, dialled: bool, middle: PeerId | None
     ) -> None:
         """From now on this is the link to its peer.
 
         Raises:
-            PeerLost: it has ended already.
+            PeerLost: it has ended already, its peer was cut off, or this member is stopping.
         """
         if not self._open:
             link.abort()
             raise LinkClosed("this member is stopping")
-        if known.dial is not None:
-            known.dial.cancel()
-            known.dial = None
+        if known.banned_until_s > self._loop.time():
+            link.abort()
+            raise PeerLost(f"peer {known.id[:8]} was cut off")
         connection = Connection(
             link,
             greeted,
@@ -593,17 +420,14 @@ class Network:
             limits=self.limits,
             estimate=known.estimate,
         )
-        known.connection, known.last_link = connection, greeted.link_id
-        known.failures, known.retry_s = 0, 0.0
         log.info("peer=%s linked by %s", known.id[:8], link.name)
-        for waiter in known.waiters:
-            if not waiter.done():
-                waiter.set_result(connection)
-        known.waiters.clear()
+        known.linked(connection)
         self._spawn(self._serve(known, connection))
         self.on_linked(known.id)
 
-    async def _serve(self, known: _Peer, connection: Connection) -> None:
+    # -- live links ------------------------------------------------------------------------------------------
+
+    async def _serve(self, known: KnownPeer, connection: Connection) -> None:
         def deliver(message: Message, tensors: tuple[memoryview, ...]) -> None:
             match message:
                 case Probe():
@@ -635,7 +459,11 @@ class Network:
     def _deliver(self, peer: PeerId, message: Message, tensors: tuple[memoryview, ...]) -> None:
         self._routes.get(type(message), self.on_message)(peer, message, tensors)
 
-    def _lose(self, known: _Peer, connection: Connection, reason: str) -> None:
+    def _deliver_to_self(self, message: Message, tensors: Sequence[Buffer]) -> None:
+        views = tuple(memoryview(tensor) for tensor in tensors)
+        self._loop.call_soon(self._deliver, self.peer, message, views)
+
+    def _lose(self, known: KnownPeer, connection: Connection, reason: str) -> None:
         """A link is over; told once."""
         if known.connection is not connection:
             return
@@ -650,7 +478,7 @@ class Network:
             self.on_lost(known.id, reason)
         self._tidy(known)
 
-    def _cut_off(self, known: _Peer, reason: str) -> None:
+    def _cut_off(self, known: KnownPeer, reason: str) -> None:
         log.warning("peer=%s cut off for %g s: %s", known.id, self.limits.ban_s, reason)
         known.banned_until_s = self._loop.time() + self.limits.ban_s
         known.failure = reason
@@ -669,6 +497,8 @@ class Network:
                     self._lose(known, connection, error.message)
             elif known.kept and known.dial is None and now_s >= max(known.retry_s, known.banned_until_s):
                 known.dial = self._spawn(self._dial(known))
+            else:
+                self._tidy(known)
 
     @property
     def _tick_s(self) -> float:
@@ -676,63 +506,23 @@ class Network:
 
     # -- small things ----------------------------------------------------------------------------------------
 
-    def _carrier(self, address: str) -> Carrier:
-        scheme = address.partition("://")[0]
-        carrier = self._carriers.get(scheme)
-        if carrier is None:
-            known = ", ".join(sorted(self._carriers))
-            raise BadSetup(f"{address!r} is of no scheme known here; known: {known}")
-        return carrier
-
-    def _tls(self) -> TlsContexts:
-        if self._contexts is None:
-            self._contexts = TlsContexts(self._identity, self.secret.door)
-        return self._contexts
-
-    def _known(self, peer: PeerId) -> _Peer:
+    def _known(self, peer: PeerId) -> KnownPeer:
         known = self._peers.get(peer)
         if known is None:
-            known = self._peers[peer] = _Peer(peer)
+            known = self._peers[peer] = KnownPeer(peer)
         return known
 
-    def _tidy(self, known: _Peer) -> None:
+    def _tidy(self, known: KnownPeer) -> None:
         """Forget a peer that nothing is known of and nobody waits for."""
-        live = known.connection or known.dial or known.waiters or known.queue or known.kept
-        wanted = known.addresses or known.through or known.banned_until_s > self._loop.time()
-        if not live and not wanted:
+        if not known.wanted(self._loop.time()):
             self._peers.pop(known.id, None)
 
     def _connection_to(self, peer: PeerId) -> Connection | None:
         known = self._peers.get(peer)
         return None if known is None else known.connection
 
-    def _give_up(self, known: _Peer, reason: str) -> None:
-        """There will be no link for now: tell all who wait for it."""
-        while known.queue:
-            known.queue.popleft().fail(PeerLost(reason))
-        while known.waiters:
-            waiter = known.waiters.pop(0)
-            if not waiter.done():
-                waiter.set_exception(PeerLost(reason))
-
-    def _refuse(self, link: Link, reason: str) -> None:
-        """Close a stranger's link without a word; logged once for each place and reason."""
-        link.abort()
-        place = _place(link)
-        if (place, reason) not in self._told:
-            if len(self._told) >= _MAX_TOLD:
-                del self._told[next(iter(self._told))]
-            self._told[place, reason] = None
-            log.warning("refused a link from %s: %s", place, reason)
-
     def _spawn(self, work: Coroutine[None, None, None]) -> "asyncio.Task[None]":
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-def _place(link: Link) -> str:
-    """Where a link comes from, without its port: one that is refused comes back from another."""
-    name, _, port = link.name.rpartition(":")
-    return name if port.isdigit() else link.name

@@ -66,7 +66,10 @@ class Ping(Bounded, frozen=True, tag="ping"):
 
 
 class Pong(Bounded, frozen=True, tag="pong"):
+    """`delayed`: it stands behind a long frame, so that its time says nothing of the way."""
+
     number: Count
+    delayed: bool
 
 
 class Credit(Bounded, frozen=True, tag="credit"):

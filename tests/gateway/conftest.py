@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from browsing import browser, open_page
 
 import plait.model
 from plait.engine import EngineOptions
@@ -20,6 +21,8 @@ from plait.scheduling import StepLimits
 from plait.worker import AsyncEngine, LoadProgress, SwarmEngine
 
 T = TypeVar("T")
+
+__all__ = ["browser", "open_page"]
 
 TINY = Path(plait.model.__file__).parent / "tiny"
 

@@ -90,7 +90,7 @@ class SmallSwarm:
 
     def _node(self, name: str, *introducers: TicketPeer) -> SwarmNode:
         return SwarmNode(
-            Identity.from_seed(name.encode().ljust(32, b".")),
+            Identity.from_seed(name.encode().ljust(32, b".")[:32]),
             secret=SECRET,
             carriers={"mem": self.net.carrier(name)},
             listen=[f"mem://{name}"],

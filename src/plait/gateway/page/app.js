@@ -1,10 +1,12 @@
 // The chat: a conversation, one answer at a time, and the state of the server that gives it.
 
 import { copyButton } from "./copy.js";
+import { formatLoading, formatMs, formatSpeed } from "./format.js";
 import { GrowingText } from "./markdown.js";
-import { closeRail, formatMs, formatSpeed, setUpRail, showAnswer, showSnippet, showStatus, showUnknown } from "./rail.js";
+import { closeRail, setUpRail, showAnswer, showSnippet, showStatus, showUnknown } from "./rail.js";
 import { getStatus, hasKey, ServerError, setKey, streamChat } from "./server.js";
 import { chosenSettings, setUpSettings, settingsOpen, systemMessages } from "./settings.js";
+import { hideSwarm, refreshSwarm, setUpSwarm } from "./swarm.js";
 
 const EXAMPLES = ["Who are you?", "What does json.dumps do?", "What is a generator in Python?"];
 const WATCH_MS = 1000;
@@ -195,7 +197,10 @@ async function watch() {
   for (;;) {
     if (document.visibilityState === "visible" && !needsKey) {
       try {
-        showServer(await getStatus());
+        const status = await getStatus();
+        showServer(status);
+        if (status.swarm && status.state === "ready") await refreshSwarm();
+        else hideSwarm();
       } catch (error) {
         if (!(error instanceof ServerError)) throw error;
         if (error.status === 401) askForKey();
@@ -219,7 +224,7 @@ function showServer(status) {
       }
       break;
     case "loading":
-      showNotReady("loading", "loading", `Loading ${status.model}`, loadingText(status.loading), status.loading);
+      showNotReady("loading", "loading", `Loading ${status.model}`, formatLoading(status.loading), status.loading);
       break;
     case "draining":
       showNotReady("draining", "stopping", "Stopping", "The server finishes what it runs and takes no new questions.");
@@ -241,17 +246,6 @@ function showNotReady(state, name, title, text, loading = null) {
   showState(state, name);
   showUnknown();
   showControls();
-}
-
-function loadingText({ stage, done_bytes: done, total_bytes: total }) {
-  const name = stage.charAt(0).toUpperCase() + stage.slice(1);
-  return total ? `${name}: ${formatBytes(done)} of ${formatBytes(total)}` : `${name}…`;
-}
-
-function formatBytes(bytes) {
-  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
-  const power = bytes < 1 ? 0 : Math.min(Math.floor(Math.log2(bytes) / 10), units.length - 1);
-  return `${(bytes / 1024 ** power).toFixed(power ? 1 : 0)} ${units[power]}`;
 }
 
 function showState(state, name) {
@@ -322,6 +316,7 @@ for (const example of EXAMPLES) {
 
 setUpSettings();
 setUpRail();
+setUpSwarm();
 showControls();
 if (matchMedia("(pointer: fine)").matches) question.focus();
 watch();

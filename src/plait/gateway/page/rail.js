@@ -1,6 +1,7 @@
 // What the server is doing: the numbers beside the chat, and in one line above it on narrow screens.
 
 import { copyOnClick } from "./copy.js";
+import { formatMs, formatSpeed } from "./format.js";
 import { hasKey } from "./server.js";
 
 const POINTS = 60; // one a second: the last minute
@@ -52,6 +53,8 @@ export function showStatus(next) {
   status = next;
   find("running").textContent = next.running;
   find("waiting").textContent = next.waiting;
+  // The gateway of a swarm has no cache of its own; its machines show theirs.
+  for (const id of ["kv-row", "kv-gauge"]) find(id).hidden = next.kv_blocks_total === 0;
   find("kv-blocks").textContent = `${next.kv_blocks_used} of ${next.kv_blocks_total}`;
   const fraction = next.kv_blocks_total ? next.kv_blocks_used / next.kv_blocks_total : 0;
   const gauge = find("kv-gauge");
@@ -71,14 +74,6 @@ export function showUnknown() {
   showPulse();
 }
 
-export function formatMs(ms) {
-  return ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`;
-}
-
-export function formatSpeed(tokensPerS) {
-  return tokensPerS < 100 ? tokensPerS.toFixed(1) : String(Math.round(tokensPerS));
-}
-
 function drawSpark() {
   const highest = Math.max(...speeds, 1);
   const points = speeds.map((speed, index) => {
@@ -96,7 +91,7 @@ function showPulse() {
   if (answerSpeed !== null) parts.push(`${formatSpeed(answerSpeed)} tok/s`);
   if (status) {
     parts.push(`${status.running} running`, `${status.waiting} waiting`);
-    parts.push(`KV ${status.kv_blocks_used}/${status.kv_blocks_total}`);
+    if (status.kv_blocks_total) parts.push(`KV ${status.kv_blocks_used}/${status.kv_blocks_total}`);
   }
   find("pulse-text").textContent = parts.join(" · ") || "What the server is doing";
 }

@@ -28,6 +28,28 @@ export async function getStatus() {
   return response.json();
 }
 
+// The machines of the swarm that this server is the gateway of.
+export async function getSwarm() {
+  const response = await call("swarm/status", { cache: "no-store", signal: AbortSignal.timeout(STATUS_TIMEOUT_MS) });
+  return response.json();
+}
+
+// The chain that a request would get now, beside the front of chains.
+export async function getRoute() {
+  const response = await call("swarm/route", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ beside_front: true }),
+    signal: AbortSignal.timeout(STATUS_TIMEOUT_MS),
+  });
+  return response.json();
+}
+
+export async function getTicket() {
+  const response = await call("swarm/ticket", { cache: "no-store" });
+  return (await response.json()).ticket;
+}
+
 // Yields { text, tokens, finishReason, usage } for each event of the answer; `tokens` is 1 for a chunk of text.
 export async function* streamChat(request, signal) {
   const body = { ...request, stream: true, stream_options: { include_usage: true } };

@@ -21,6 +21,7 @@ from plait.cli.outlive import outlive, parse_victim
 from plait.cli.serve import print_addresses
 from plait.cli.serving import Listener, is_loopback, listen, run_async, run_server
 from plait.cli.terminal import note, print_table, say, say_piece
+from plait.cluster import format_blocks
 from plait.errors import BadSetup, EngineFailure
 from plait.settings import Settings
 from plait.units import format_s
@@ -32,8 +33,8 @@ QUESTION = "What is plait?"
 MAX_ANSWER_TOKENS = 80
 # Ports tried after the one asked for.
 NEXT_PORTS = 20
-# The two halves of `tiny`, the second one twice: either of its holders may die.
-PARTS = (Part("one", "0:3"), Part("two", "3:6"), Part("spare", "3:6"))
+# The two halves of `tiny`, and all of it once more: whichever machine dies, the others have every block.
+PARTS = (Part("one", range(3)), Part("two", range(3, 6)), Part("spare", range(6)))
 # How long round trips between the machines may take to be known.
 MEASURE_S = 2.0
 # Chains of the front that are printed.
@@ -59,8 +60,8 @@ def demo(
 ) -> None:
     """Serve a model to this machine alone, ask it one question, and stay up.
 
-    The embedded model is served by a swarm in miniature: two machines with half of its blocks each, and a spare one,
-    each a process that ends with this one. Another model is served from this process.
+    The embedded model is served by a swarm in miniature: two machines with half of its blocks each and a spare one with
+    all, each a process that ends with this one. Another model is served from this process.
     """
     keys = settings.server.api_keys
     api_key = keys[0].get_secret_value() if keys else None
@@ -109,8 +110,9 @@ def _serve_miniature(settings: Settings, listener: Listener, api_key: str | None
     note("starting a swarm of three processes")
     with Miniature(PARTS, on_end=on_end) as miniature:
         own = {"name": "gateway", "blocks": "none", "folder": miniature.folder, "listen": "127.0.0.1:0"}
-        if "route_mode" not in settings.swarm.model_fields_set:
-            own["route_mode"] = "exact"  # the mode with a front to show
+        if not {"route_mode", "route_pick"} & settings.swarm.model_fields_set:
+            # A front to show, and the point of it that takes more than one machine.
+            own |= {"route_mode": "exact", "route_pick": "throughput-first"}
         with_swarm = settings.model_copy(
             update={
                 "swarm": settings.swarm.model_copy(update=own),
@@ -205,9 +207,12 @@ async def _print_swarm(machines: Sequence[Machine], swarm: "SwarmGateway") -> st
     routed = await swarm.route(RouteAsk(), 0)
     chain, front = routed["chain"], routed["front"]
     say("\ntiny is served by a swarm: three machines, which here are processes\n")
-    rows = [(machine.part.name, machine.part.blocks, str(machine.process.pid)) for machine in machines]
-    print_table(("  machine", "blocks", "process"), [("  " + name, *rest) for name, *rest in rows])
-    say(f"\nrequests now go through {_chain_text(chain)} (mode {routed['mode']}), from this front:\n")
+    rows = [
+        ("  " + machine.part.name, machine.part.blocks_text, str(machine.process.pid)) for machine in machines
+    ]
+    print_table(("  machine", "blocks", "process"), rows)
+    say(f"\nrequests now go through {_chain_text(chain)} (mode {routed['mode']}), chosen from this front,")
+    say("which counts time and rate as PETALS does:\n")
     members = front["members"][:SHOWN_CHAINS]
     print_table(
         ("  chain", *(heading for name in front["objectives"] for heading in [_OBJECTIVES[name][0]]), ""),
@@ -253,11 +258,12 @@ def _print_how_to_kill(machine: Machine, settings: Settings, listener: Listener)
 def _say_gone(machine: Machine, machines: Sequence[Machine]) -> None:
     code, part = machine.process.returncode, machine.part
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
-    others = [other.part.name for other in machines if other.lives and other.part.blocks == part.blocks]
+    left = [other.part for other in machines if other.lives]
+    missing = set(part.blocks).difference(*(other.blocks for other in left))
     then = (
-        f"its answers go on with {' or '.join(others)}"
-        if others
-        else f"nobody serves blocks {part.blocks} now; a machine that joins will (plait status --ticket)"
+        f"nobody serves blocks {format_blocks(sorted(missing))} now; a machine that joins will (plait status --ticket)"
+        if missing
+        else f"answers go on with {' and '.join(other.name for other in left)}"
     )
     say(f"{part.name} (process {machine.process.pid}) is gone, {how}: {then}")
 

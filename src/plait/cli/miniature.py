@@ -21,10 +21,15 @@ END_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one machine of the swarm is called and serves; `blocks` as --blocks takes them."""
+    """What one machine of the swarm is called and serves."""
 
     name: str
-    blocks: str
+    blocks: range
+
+    @property
+    def blocks_text(self) -> str:
+        """As --blocks takes them."""
+        return f"{self.blocks.start}:{self.blocks.stop}"
 
 
 @dataclass(slots=True)
@@ -122,7 +127,16 @@ def _start(part: Part, folder: Path) -> Machine:
         process = subprocess.Popen(
             (
                 *(sys.executable, "-m", "plait", "join", "-", "--until-input-ends", "--json"),
-                *("--name", part.name, "--blocks", part.blocks, "--threads", "1", "--log-level", "warning"),
+                *(
+                    "--name",
+                    part.name,
+                    "--blocks",
+                    part.blocks_text,
+                    "--threads",
+                    "1",
+                    "--log-level",
+                    "warning",
+                ),
                 *("--swarm-listen", "127.0.0.1:0", "--set", f"swarm.folder={folder}"),
                 *("--set", "swarm.announce_s=0.5"),
             ),

@@ -168,7 +168,7 @@ def make_gateway(settings: Settings, seat: Seat) -> "SwarmGateway":
 
     from plait.cli.options import served_names, undecided_options, wishes
     from plait.engine import resolve_model
-    from plait.routing import RouteWish
+    from plait.routing import RouteWish, parse_pick
     from plait.transport import Ticket
     from plait.worker import LoadProgress, SpanSource, SwarmGateway, SwarmOptions, source_of_folder
 
@@ -196,7 +196,7 @@ def make_gateway(settings: Settings, seat: Seat) -> "SwarmGateway":
         open_source=open_source,
         member_options=member_options(settings, seat),
         swarm_options=SwarmOptions(
-            route=RouteWish(mode=settings.swarm.route_mode),
+            route=RouteWish(mode=settings.swarm.route_mode, pick=parse_pick(settings.swarm.route_pick)),
             draft_tokens=settings.swarm.draft_tokens,
             wire_format=settings.swarm.wire_format,
         ),

@@ -339,6 +339,13 @@ class SwarmSettings(Section):
         "How the machines of a request are chosen; a request may say otherwise in its field `route`.",
         flag="--route-mode",
     )
+    route_pick: str = setting(
+        "balanced",
+        "Which point of their front the modes exact and tradeoff take: balanced, latency-first, throughput-first, "
+        "sampled, budget=SECONDS or weights=A,B.",
+        flag="--route-pick",
+        max_length=64,
+    )
     draft_tokens: int = setting(
         0,
         "Most tokens guessed ahead (from what the text repeats) and verified in one round through the machines; 0 is "

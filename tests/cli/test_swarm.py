@@ -1,6 +1,7 @@
 """A swarm of real processes: what it answers, what it says of itself, and how its machines come and go."""
 
 import json
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,6 +13,7 @@ import pytest
 from running_plait import InProcess, RunningPlait, plait_environment
 
 from plait import LLM, SamplingParams
+from plait.engine import resolve_model
 
 QUESTION = [{"role": "user", "content": "What is plait?"}]
 GREEDY = {"messages": QUESTION, "max_tokens": 24, "temperature": 0, "return_token_ids": True}
@@ -21,12 +23,12 @@ SEEDED = GREEDY | {"temperature": 1.2, "seed": 7}
 class Swarm:
     """`plait serve tiny --swarm` and machines that join it, with homes of their own."""
 
-    def __init__(self, folder: Path, stack: ExitStack, *arguments: str) -> None:
+    def __init__(self, folder: Path, stack: ExitStack, *arguments: str, model: str = "tiny") -> None:
         self._folder = folder
         self._stack = stack
         self._environment = plait_environment(folder / "gateway")
         self.gateway = stack.enter_context(
-            RunningPlait("serve", "tiny", "--swarm", "--port", "0", *arguments, environment=self._environment)
+            RunningPlait("serve", model, "--swarm", "--port", "0", *arguments, environment=self._environment)
         )
         self.ticket = self.gateway.wait_for("plait join plait1").split()[-1]
         self.machines: dict[str, RunningPlait] = {}
@@ -187,3 +189,38 @@ def test_an_answer_survives_the_process_that_computes_it(pair: Swarm) -> None:
             pair.machines["back"].signal(signal.SIGKILL)
     assert text == expected_text
     assert pair.status()["recoveries_total"] >= 1
+
+
+@pytest.mark.slow
+def test_another_gateway_of_the_swarm_answers_the_same(tmp_path: Path) -> None:
+    with swarm(tmp_path) as it:
+        it.gateway.wait_for("ready:")
+        environment = plait_environment(tmp_path / "second")
+        more = ("--blocks", "none", "--ticket", it.ticket, "--json", "--port", "0")
+        with RunningPlait("serve", "tiny", "--swarm", *more, environment=environment) as second:
+            base_url = json.loads(second.wait_for("listening"))["base_url"]
+            assert it.ticket not in second.said
+            joined = json.loads(second.wait_for('"swarm"'))
+            assert joined["join"].startswith("plait join plait1")
+            second.wait_for("ready")
+            answer = httpx.post(base_url + "/chat/completions", json=GREEDY, timeout=60).json()
+            assert answer["choices"][0]["token_ids"] == it.chat(**GREEDY)["token_ids"]
+
+
+@pytest.mark.slow
+def test_a_model_that_only_the_gateway_has_comes_from_there(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    shutil.copytree(resolve_model("tiny"), folder)
+    with ExitStack() as stack:
+        it = Swarm(tmp_path, stack, "--blocks", "0:2", model=str(folder))
+        it.join("back", "--blocks", "2:6").wait_for("ready:")
+        it.gateway.wait_for("ready:")
+        assert it.chat(**GREEDY)["token_ids"] == expected(**GREEDY)["token_ids"]
+        (note,) = (tmp_path / "back").rglob("plait-partial.json")
+        kept = json.loads(note.read_text())
+        assert "config.json" in kept["files"] and "1" in kept["pieces"]["model.safetensors"]
+        it.machines["back"].signal(signal.SIGTERM)
+        assert it.machines["back"].wait() == 0
+        refused = it.join("lazy", "--weights", "cache")
+        assert refused.wait() == 2
+        assert "is not on this machine" in refused.errors.splitlines()[-1]

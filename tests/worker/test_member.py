@@ -22,6 +22,7 @@ from swarm_rig import (
 from plait.cluster import PeerRates, PeerRecord
 from plait.errors import BadSetup, EngineFailure
 from plait.ids import PeerId
+from plait.session import GenerationRequest
 from plait.simulator import run_virtual
 from plait.transport import Identity, MemoryNet, TicketPeer, Wire
 from plait.wire import LeaveAsk
@@ -249,7 +250,7 @@ def test_a_swarm_in_balance_stays_as_it_is() -> None:
                 await (await it.add(name, rebalance_s=2.0)).wait_settled()
             await asyncio.sleep(10.0)
             moves = sum(member.moves_total for member in it.members.values())
-            await asyncio.sleep(200.0)
+            await asyncio.sleep(60.0)
             assert sum(member.moves_total for member in it.members.values()) == moves
 
     run_virtual(run())
@@ -285,6 +286,43 @@ def test_an_answer_goes_on_when_a_machine_leaves(how: str) -> None:
             await left
             assert used.state == "offline" and used.failure is None
             assert gateway.counts().recoveries_total == 1
+
+    run_virtual(run())
+
+
+@pytest.mark.slow
+def test_a_move_to_other_blocks_stops_no_answer() -> None:
+    requests = [
+        tiny_request(f"r{n}", some_prompt(30, seed=n), 100, temperature=0.7, seed=n) for n in range(3)
+    ]
+    expected = on_one_machine(requests)
+
+    async def run() -> None:
+        async with swarm() as it:
+            await (await it.add("front", blocks=range(3))).wait_settled()
+            for name in ("back", "back-too"):
+                await (await it.add(name, blocks=range(3, 6))).wait_settled()
+            mover = await it.add("mover", rebalance_s=1.0)
+            await mover.wait_settled()
+            assert mover.blocks == range(3)
+            await (await it.add("front-too", blocks=range(3))).wait_settled()
+            gateway = await it.gateway()
+            await asyncio.sleep(2.0)
+
+            async def ask(request: GenerationRequest) -> Answer:
+                answer = Answer()
+                async for delta in gateway.generate(request):
+                    answer.take(delta)
+                return answer
+
+            asked = [asyncio.ensure_future(ask(request)) for request in requests]
+            await asyncio.sleep(0.5)
+            it.members["back"].leave()
+            answers = await asyncio.gather(*asked)
+            for request, answer in zip(requests, answers, strict=True):
+                assert answer.token_ids == expected[request.id].token_ids
+            assert mover.moves_total == 1 and gateway.counts().recoveries_total >= 2
+            await until(lambda: mover.blocks == range(3, 6) and mover.state == "online")
 
     run_virtual(run())
 

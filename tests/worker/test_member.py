@@ -103,7 +103,12 @@ class Swarm:
         if self.members:
             await node.network.connect(node.introducers[0].peer)
             await asyncio.sleep(1.0)  # records come
-        member = Member(node, supply or InlineSupply(), MemberOptions(name=name, **options))  # type: ignore[arg-type]
+        member = Member(
+            node,
+            supply or InlineSupply(),
+            MemberOptions(name=name, **options),  # type: ignore[arg-type]
+            run_blocking=run_inline,
+        )
         self.members[name] = member
         return await self._stack.enter_async_context(member)
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
+import numpy as np
+
 from plait.cluster import (
     PeerLoad,
     PeerProgress,
@@ -34,6 +36,7 @@ from plait.wire import LeaveAsk, Message
 from plait.worker.async_engine import LoadProgress
 from plait.worker.span_source import LoadedSpan, StageProgress
 from plait.worker.span_worker import SpanWorker
+from plait.worker.swarm_engine import RunBlocking
 from plait.worker.swarm_node import SwarmNode
 
 log = logging.getLogger(__name__)
@@ -95,10 +98,18 @@ class MemberOptions:
 class Member:
     """Serves spans of one model on a node; enter it to begin, `leave` and `wait_left` to end well.
 
-    Leaving the context without `leave` is abrupt: sessions are lost here and recovered elsewhere.
+    Leaving the context without `leave` is abrupt: sessions are lost here and recovered elsewhere. `run_blocking` runs
+    what would hold up the event loop.
     """
 
-    def __init__(self, node: SwarmNode, supply: SpanSupply, options: MemberOptions) -> None:
+    def __init__(
+        self,
+        node: SwarmNode,
+        supply: SpanSupply,
+        options: MemberOptions,
+        *,
+        run_blocking: RunBlocking = asyncio.to_thread,
+    ) -> None:
         self.node = node
         self.supply = supply
         self.options = options
@@ -110,6 +121,7 @@ class Member:
         self.worker: SpanWorker | None = None
         self.moves_total = 0
         self._lookout = node.look(supply.model, supply.model_blocks)
+        self._run_blocking = run_blocking
         self._rates = PeerRates()
         self._leaving = asyncio.Event()
         self._left = asyncio.Event()
@@ -232,18 +244,21 @@ class Member:
             await self._sleep(LOOK_S if not moves else min(LOOK_S, max(0.0, look_s - loop.time())))
             if moves and loop.time() >= look_s:
                 look_s = next_look_s()
-                better = better_span(
-                    self.view(),
-                    self.node.peer,
-                    self.supply.longest_span(),
-                    rng=rng,
-                    balance_quality=options.balance_quality,
-                )
+                better = await self._better_blocks()
                 if better is not None and better != blocks:
                     log.info("moving from blocks %s to %s", format_blocks(blocks), format_blocks(better))
                     self.moves_total += 1
                     return better
         return blocks
+
+    async def _better_blocks(self) -> range | None:
+        """Where this machine should move to; seconds of work in a swarm of a thousand, so not for the event loop."""
+        view, peer, length = self.view(), self.node.peer, self.supply.longest_span()
+        rng = np.random.default_rng(int(self.node.rng.integers(2**63)))
+        quality = self.options.balance_quality
+        return await self._run_blocking(
+            lambda: better_span(view, peer, length, rng=rng, balance_quality=quality)
+        )
 
     async def _drain(self, blocks: range, worker: SpanWorker) -> None:
         """Serve what is here until it has gone elsewhere or ended."""

@@ -21,7 +21,6 @@ from plait.cli.outlive import outlive, parse_victim
 from plait.cli.serve import print_addresses
 from plait.cli.serving import Listener, is_loopback, listen, run_async, run_server
 from plait.cli.terminal import note, print_table, say, say_piece
-from plait.cluster import format_blocks
 from plait.errors import BadSetup, EngineFailure
 from plait.settings import Settings
 from plait.units import format_s
@@ -256,6 +255,8 @@ def _print_how_to_kill(machine: Machine, settings: Settings, listener: Listener)
 
 
 def _say_gone(machine: Machine, machines: Sequence[Machine]) -> None:
+    from plait.cluster import format_blocks
+
     code, part = machine.process.returncode, machine.part
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
     left = [other.part for other in machines if other.lives]

@@ -58,13 +58,16 @@ MODES: dict[str, RouteWish] = {
 
 @dataclass(slots=True)
 class Worker:
-    """A machine: tokens that wait as (client, blocks), and the pass that runs."""
+    """A machine: tokens that wait as (client, blocks), and the passes that run.
+
+    As in plait's engine, sessions that cross the same blocks share a pass; passes of one step follow each other.
+    """
 
     pass_s: float  # of one block, with no token
     row_s: float  # of one block, for each token
     batches: bool
-    waiting: deque[tuple[int, int]] = field(default_factory=deque)
-    running: list[tuple[int, int]] = field(default_factory=list)
+    waiting: deque[tuple[int, range]] = field(default_factory=deque)
+    running: list[tuple[int, range]] = field(default_factory=list)
     sessions: int = 0
 
     def begin(self) -> float | None:
@@ -74,8 +77,8 @@ class Worker:
         self.running = list(self.waiting) if self.batches else [self.waiting[0]]
         for _ in self.running:
             self.waiting.popleft()
-        blocks = [blocks for _, blocks in self.running]
-        return self.pass_s * max(blocks) + self.row_s * sum(blocks)
+        spans = [span for _, span in self.running]
+        return self.pass_s * sum(map(len, set(spans))) + self.row_s * sum(map(len, spans))
 
 
 @dataclass(slots=True)
@@ -137,11 +140,13 @@ class Simulation:
 
     def _on_session(self, number: int) -> None:
         client = self.clients[number]
+        router = self.routers[client.gateway]
         for hop in client.chain:
             self.workers[hop.peer].sessions -= 1
+        router.ended(self.view, client.chain)
         began_s = time.perf_counter()
         blocks = range(self.view.model_blocks)
-        client.chain = self.routers[client.gateway].choose(self.view, blocks, self.wish, rng=self.rng).chain
+        client.chain = router.choose(self.view, blocks, self.wish, rng=self.rng).chain
         self.route_s.append(time.perf_counter() - began_s)
         self.chains.add(client.chain)
         for hop in client.chain:
@@ -158,7 +163,7 @@ class Simulation:
     def _on_arrive(self, number: int) -> None:
         client = self.clients[number]
         hop = client.chain[client.hop]
-        self.workers[hop.peer].waiting.append((number, len(hop.span)))
+        self.workers[hop.peer].waiting.append((number, hop.span))
         self._begin_pass(hop.peer)
 
     def _begin_pass(self, peer: PeerId) -> None:

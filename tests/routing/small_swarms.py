@@ -109,6 +109,37 @@ def every_chain(view: SwarmView, blocks: range) -> Iterator[tuple[PeerRecord, ..
     yield from extend((), blocks.start)
 
 
+def every_early_chain(view: SwarmView, blocks: range) -> Iterator[tuple[tuple[PeerRecord, int], ...]]:
+    """All chains whose hops may end where the span of a machine behind them begins: (machine, end of the hop)."""
+    records = sorted(
+        view.records.values(),
+        key=lambda record: (
+            min(record.end_block, blocks.stop),
+            record.rates.decode_tokens_per_s,
+            record.peer,
+        ),
+    )
+    usable = [
+        record for record in records if record.first_block < blocks.stop and blocks.start < record.end_block
+    ]
+    behind = {record.peer: usable[place + 1 :] for place, record in enumerate(usable)}
+
+    def extend(
+        chain: tuple[tuple[PeerRecord, int], ...], boundary: int
+    ) -> Iterator[tuple[tuple[PeerRecord, int], ...]]:
+        if boundary == blocks.stop:
+            yield chain
+            return
+        for record in behind[chain[-1][0].peer] if chain else usable:
+            if record.first_block <= boundary < record.end_block:
+                ends = {min(record.end_block, blocks.stop), *(one.first_block for one in behind[record.peer])}
+                for end in sorted(ends):
+                    if boundary < end <= min(record.end_block, blocks.stop):
+                        yield from extend((*chain, (record, end)), end)
+
+    yield from extend((), blocks.start)
+
+
 def petals_delay_s(rtt_s: float | None) -> float:
     return 0.15 if rtt_s is None else min(rtt_s / 2, 5.0)
 
@@ -155,9 +186,14 @@ def petals_dijkstra_s(view: SwarmView, blocks: range, need_tokens: int) -> float
 
 
 def plain_values(
-    view: SwarmView, blocks: range, chain: tuple[PeerRecord, ...], need_tokens: int
+    view: SwarmView,
+    blocks: range,
+    chain: tuple[PeerRecord, ...],
+    need_tokens: int,
+    ends: tuple[int, ...] = (),
 ) -> dict[str, float]:
-    """A chain's value in every objective, hop by hop; rates as rates."""
+    """A chain's value in every objective, hop by hop; rates as rates; `ends` of hops that end early."""
+    ends = ends or tuple(min(record.end_block, blocks.stop) for record in chain)
     network_s = petals_delay_s(view.rtts_s.get(chain[0].peer)) + petals_delay_s(
         view.rtts_s.get(chain[-1].peer)
     )
@@ -168,7 +204,7 @@ def plain_values(
         if number:
             network_s += petals_delay_s(chain[number - 1].rtts_s.get(record.peer))
         network_s += petals_arrival_s(record, need_tokens)
-        used = min(record.end_block, blocks.stop) - boundary
+        used = ends[number] - boundary
         boundary += used
         here_s = used / (record.rates.decode_tokens_per_s or 300.0)
         compute_s += here_s

@@ -245,3 +245,25 @@ def test_an_infinite_round_trip_is_five_seconds() -> None:
     view = make_view(make_record("a", 0, 1), blocks=1, rtts_s={A: math.inf})
     routed = choose_chain(view, range(1), RouteWish(mode="latency"), rng=RNG)
     assert routed.expected_step_s == pytest.approx(5 + 0.018 + 1 / 300 + 5)
+
+
+def test_a_session_that_ended_counts_no_more_though_it_is_still_announced() -> None:
+    """A lone client keeps its machine: what is announced there is its own last session."""
+    rates = PeerRates(decode_tokens_per_s=100.0, saturated_decode_tokens_per_s=100.0)
+    records = [make_record(name, 0, 4, rates=rates) for name in "ab"]
+    view = make_view(*records, blocks=4, version=1)
+    router, rng = Router(), np.random.default_rng(0)
+    first = router.choose(view, range(4), RouteWish(), rng=rng)
+    here = first.chain[0].peer
+    busy = [
+        replace(record, sequence=1, load=PeerLoad(sessions=int(record.peer == here))) for record in records
+    ]
+    view = make_view(*busy, blocks=4, version=2)
+    router.ended(view, first.chain)
+    chosen = [
+        router.choose(view, range(4), RouteWish(), rng=np.random.default_rng(seed)) for seed in range(2)
+    ]
+    assert sorted(routed.chain[0].peer for routed in chosen) == sorted((A, B))
+    # Without it, the machine that the client has left counts as taken.
+    other = Router().choose(view, range(4), RouteWish(), rng=rng)
+    assert other.chain[0].peer != here

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_swarms import every_chain, petals_dijkstra_s, plain_values, small_swarms
+from small_swarms import every_chain, every_early_chain, petals_dijkstra_s, plain_values, small_swarms
 
 from plait.cluster import SwarmView, random_swarm
 from plait.routing import (
@@ -73,6 +73,30 @@ def test_the_exact_front_is_that_of_every_chain(
     found = np.array([member.values for member in front.members]) * signs
     expected = np.array([[values[name] for name in objectives] for values in every]) * signs
     assert_same_front(found, expected)
+
+
+@given(small_swarms(max_peers=6), st.data(), st.sampled_from(OBJECTIVE_SETS))
+def test_the_front_with_early_exits_is_that_of_every_such_chain(
+    view: SwarmView, data: st.DataObject, objectives: tuple[ObjectiveName, ...]
+) -> None:
+    blocks = sub_range(data, view)
+    every = [
+        plain_values(
+            view,
+            blocks,
+            tuple(record for record, _ in chain),
+            60,
+            ends=tuple(end for _, end in chain),
+        )
+        for chain in every_early_chain(view, blocks)
+    ]
+    signs = np.array([-1.0 if name == "rate_tokens_per_s" else 1.0 for name in objectives])
+    wish = RouteWish(mode="exact", objectives=objectives, need_tokens=60, early_exits=True)
+    front = choose_chain(view, blocks, wish, rng=RNG).front
+    for member in front.members:
+        check_chain(member.chain, blocks)
+    found = np.array([member.values for member in front.members]) * signs
+    assert_same_front(found, np.array([[values[name] for name in objectives] for values in every]) * signs)
 
 
 def assert_same_front(found: np.ndarray, every: np.ndarray) -> None:

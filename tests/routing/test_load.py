@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_swarms import every_chain, make_record, make_view, petals_delay_s, small_swarms
+from small_swarms import (
+    every_chain,
+    every_early_chain,
+    make_record,
+    make_view,
+    petals_delay_s,
+    small_swarms,
+)
 
 from plait.cluster import PeerLoad, PeerRates, PeerRecord, SwarmView, random_swarm
 from plait.routing import RouteWish, check_chain, choose_chain
@@ -19,9 +26,9 @@ RATES = PeerRates(decode_tokens_per_s=100.0, saturated_decode_tokens_per_s=400.0
 
 
 def least_round(
-    view: SwarmView, need_tokens: int, spread: float = 0.0, seed: int = 0
+    view: SwarmView, need_tokens: int, spread: float = 0.0, seed: int = 0, early_exits: bool = True
 ) -> tuple[float, list[str]]:
-    graph = chain_graph(view, range(view.model_blocks), either_way=True)
+    graph = chain_graph(view, range(view.model_blocks), either_way=True, early_exits=early_exits)
     round_s, path = least_loaded_round(
         graph,
         need_tokens=need_tokens,
@@ -34,10 +41,13 @@ def least_round(
     return round_s, [graph.records[server].name for server in path]
 
 
-def plain_round_s(chain: tuple[PeerRecord, ...], need_tokens: int, round_s: float) -> float:
-    """One round with the announced sessions, as the module's docstring tells it."""
+def plain_round_s(
+    chain: tuple[PeerRecord, ...], need_tokens: int, round_s: float, ends: tuple[int, ...] = ()
+) -> float:
+    """One round with the announced sessions, as the module's docstring tells it; `ends` of hops that end early."""
     total = boundary = 0.0
-    for number, record in enumerate(chain):
+    ends = ends or tuple(record.end_block for record in chain)
+    for number, (record, end) in enumerate(zip(chain, ends, strict=True)):
         following = chain[(number + 1) % len(chain)]
         if len(chain) > 1:
             total += petals_delay_s(record.rtts_s.get(following.peer, following.rtts_s.get(record.peer)))
@@ -46,8 +56,10 @@ def plain_round_s(chain: tuple[PeerRecord, ...], need_tokens: int, round_s: floa
         row_s = min(1 / saturated, alone_s) if saturated else alone_s
         blocks = len(record.span)
         others = tokens_of_others(record.load.sessions, blocks * (alone_s - row_s), blocks * row_s, round_s)
-        used = record.end_block - boundary
-        boundary = record.end_block
+        used = end - boundary
+        boundary = end
+        if end < record.end_block:
+            total += min(others, 1) * blocks * (alone_s - row_s)
         total += HOP_OVERHEAD_S + used * (alone_s - row_s + row_s * (1 + others))
         total += min(others, 1) * blocks * (alone_s - row_s + row_s * max(others, 1)) / 2
         if record.rates.network_tokens_per_s:
@@ -75,10 +87,43 @@ def test_it_is_the_least_round_of_every_chain(view: SwarmView, need_tokens: int)
     chains = list(every_chain(view, blocks))
     idle_s = min(plain_round_s(chain, need_tokens, 1.0) for chain in map(without_sessions, chains))
     expected_s = min(plain_round_s(chain, need_tokens, idle_s) for chain in chains)
-    round_s, names = least_round(view, need_tokens)
+    round_s, names = least_round(view, need_tokens, early_exits=False)
     assert round_s == pytest.approx(expected_s, rel=1e-6)
     chosen = next(chain for chain in chains if [record.name for record in chain] == names)
     assert plain_round_s(chosen, need_tokens, idle_s) == pytest.approx(expected_s, rel=1e-6)
+
+
+@given(small_swarms(max_peers=6), st.integers(0, 120))
+def test_with_early_exits_it_is_the_least_round_of_those_chains(view: SwarmView, need_tokens: int) -> None:
+    chains = [
+        (tuple(record for record, _ in chain), tuple(end for _, end in chain))
+        for chain in every_early_chain(view, range(view.model_blocks))
+    ]
+    idle_s = min(
+        plain_round_s(without_sessions(machines), need_tokens, 1.0, ends) for machines, ends in chains
+    )
+    expected_s = min(plain_round_s(machines, need_tokens, idle_s, ends) for machines, ends in chains)
+    round_s, names = least_round(view, need_tokens)
+    assert round_s == pytest.approx(expected_s, rel=1e-6)
+    assert len(set(names)) == len(names)
+    assert round_s <= least_round(view, need_tokens, early_exits=False)[0] * (1 + 1e-9) or any(
+        record.load.sessions for record in view.records.values()
+    )
+
+
+def test_the_faster_of_two_takes_what_both_hold() -> None:
+    slow = make_record("slow", 0, 4, rates=replace(RATES, decode_tokens_per_s=50.0), rtts_s={})
+    fast = make_record("fast", 2, 4, rates=RATES, rtts_s={slow.peer: 0.001})
+    view = make_view(slow, fast, blocks=4)
+    routed = choose_chain(view, range(4), RouteWish(), rng=np.random.default_rng(0))
+    assert [(hop.peer, hop.span) for hop in routed.chain] == [
+        (slow.peer, range(2)),
+        (fast.peer, range(2, 4)),
+    ]
+    # PETALS stays to the span's end, and so does `exact` unless it is asked.
+    for mode in ("latency", "exact"):
+        routed = choose_chain(view, range(4), RouteWish(mode=mode), rng=np.random.default_rng(0))  # type: ignore[arg-type]
+        assert [hop.peer for hop in routed.chain] == [slow.peer]
 
 
 def without_sessions(chain: tuple[PeerRecord, ...]) -> tuple[PeerRecord, ...]:

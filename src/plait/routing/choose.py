@@ -57,10 +57,10 @@ def choose_chain(
 ) -> Routed:
     """Choose the chain that serves `blocks` for one request.
 
-    `without`, `after`, `before`: see `Place`. `unannounced`: sessions that were given to peers and that their
-    records do not count yet (mode `load`). `known`: a front to begin a search from (mode `tradeoff`), such as the
-    one of the view before. `deadline` says when time is up: a search then ends with what it has, or with PETALS'
-    shortest chain.
+    `without`, `after`, `before`: see `Place`. `unannounced`: sessions that peers have and that their records do not
+    count yet, less those that are over and still count (mode `load`). `known`: a front to begin a search from (mode
+    `tradeoff`), such as the one of the view before. `deadline` says when time is up: a search then ends with what
+    it has, or with the shortest chains.
 
     Raises:
         NoRoute: some block has no holder, or every chain of the front has more than `max_hops` hops.
@@ -79,7 +79,11 @@ def has_front(wish: RouteWish) -> bool:
 
 
 def graph_of(view: SwarmView, place: Place, wish: RouteWish) -> ChainGraph:
-    """The graph that a mode chooses on: only `load` looks unknown round trips up in the other direction."""
+    """The graph that a mode chooses on.
+
+    Only `load` looks unknown round trips up in the other direction; `load` always and `exact` if asked to leave a
+    machine before its span's end.
+    """
     return chain_graph(
         view,
         place.blocks,
@@ -87,7 +91,13 @@ def graph_of(view: SwarmView, place: Place, wish: RouteWish) -> ChainGraph:
         after=place.after,
         before=place.before,
         either_way=wish.mode == "load",
+        early_exits=leaves_early(wish),
     )
+
+
+def leaves_early(wish: RouteWish) -> bool:
+    """A hop may end before its machine's span does."""
+    return wish.mode == "load" or (wish.mode == "exact" and wish.early_exits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,15 +68,18 @@ def entering_costs(graph: ChainGraph, cost: Cost) -> Floats:
 
 
 def stage_costs(graph: ChainGraph, cost: Cost, stage: int) -> Floats:
-    """Cost of a hop at one boundary: [arriving, holding], or [1, holding] where who hands over makes no
-    difference."""
+    """Cost of a hop at one boundary: [arriving, holding], or [1, holding] where who hands over makes no difference.
+
+    Infinite where a server must not take over.
+    """
     here = graph.stages[stage]
     if isinstance(cost, BottleneckCost):
-        return _bottlenecks(cost, here.holding, here.used_blocks)[None, :]
-    run = cost.arrive[here.holding] + here.used_blocks * cost.per_block[here.holding]
-    if cost.delay_weight == 0:
-        return run[None, :]
-    return np.add(cost.delay_weight * here.delay_s, run)
+        hops = _bottlenecks(cost, here.holding, here.used_blocks)[None, :]
+    else:
+        hops = (cost.arrive[here.holding] + here.used_blocks * cost.per_block[here.holding])[None, :]
+        if cost.delay_weight != 0:
+            hops = np.add(cost.delay_weight * here.delay_s, hops)
+    return hops if here.barred is None else np.where(here.barred, np.inf, hops)
 
 
 def leaving_costs(graph: ChainGraph, cost: Cost) -> Floats:

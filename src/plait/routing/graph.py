@@ -19,9 +19,14 @@ from plait.routing.chain import Chain, Hop
 
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 Ints = np.ndarray[tuple[int, ...], np.dtype[np.intp]]
+Booleans = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
 UNKNOWN_DELAY_S = 0.15  # PETALS: one way, where nobody has pinged
 MAX_DELAY_S = 5.0  # PETALS: also where the ping failed
+EARLY_EXIT_MACHINES = 32
+
+_Usable = tuple[PeerRecord, int, int]
+"""A machine and what it can serve of the range: from block, to block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,7 @@ class Stage:
     """One boundary between blocks, where `arriving` servers end and `holding` servers can take over.
 
     `delay_s`: one way, [arriving, holding]. `used_blocks`: what each of `holding` runs from here to its end.
+    `barred`: who must not take over from whom, [arriving, holding] (None: everybody may).
     """
 
     boundary: int
@@ -36,27 +42,31 @@ class Stage:
     holding: Ints
     delay_s: Floats
     used_blocks: Floats
+    barred: Booleans | None
 
 
 @dataclass(frozen=True, slots=True)
 class ChainGraph:
     """What a choice of chain for `blocks` is made from; servers are numbered by the end of their span, then by peer.
 
-    `start`, `end`: spans, clipped to `blocks`; `span_blocks`: lengths of whole spans. `entry_delay_s`,
-    `exit_delay_s`: one way from and to whoever drives the chain (the client; in a repair, the hops before and
-    after). `unreachable`: the client's last ping failed. `entering`: servers that hold the first block, with
-    `entering_used_blocks` to their ends. `leaving`: servers that end where the range ends. `either_way`: how delays
-    were looked up.
+    `machine`: which servers are the same one (all are different without early exits). `start`, `end`: spans,
+    clipped to `blocks`; `span_blocks`: lengths of whole spans. `entry_delay_s`, `exit_delay_s`: one way from and to
+    whoever drives the chain (the client; in a repair, the hops before and after). `early`: it is left before its
+    span (or the range) ends. `unreachable`: the client's last ping failed. `entering`: servers that hold the first
+    block, with `entering_used_blocks` to their ends. `leaving`: servers that end where the range ends.
+    `either_way`: how delays were looked up.
     """
 
     blocks: range
     records: tuple[PeerRecord, ...]
+    machine: Ints
     start: Ints
     end: Ints
     span_blocks: Ints
     entry_delay_s: Floats
     exit_delay_s: Floats
-    unreachable: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+    early: Booleans
+    unreachable: Booleans
     entering: Ints
     entering_used_blocks: Floats
     leaving: slice
@@ -92,57 +102,93 @@ def chain_graph(
     after: PeerId | None = None,
     before: PeerId | None = None,
     either_way: bool = False,
+    early_exits: bool = False,
 ) -> ChainGraph:
     """Number the servers that can serve `blocks` and meet them at their boundaries.
 
     `without`: peers left out. `after`, `before`: the hops between which a gap is repaired (None: the client).
     `either_way`: a round trip that the sender does not know is taken from the receiver's record (PETALS does not).
+    `early_exits`: a hop may also end where another machine's span begins, if that machine's ends later, or with it
+    and is faster (PETALS does not). Each such end is a server of its own here, of which no path has two. Left out
+    in swarms of more than 32 machines, for which it takes too long. Only the sweeps know it: random walks and
+    operators do not.
 
     Raises:
         NoRoute: some block has no holder; the error names them.
     """
-    servers = _usable_servers(view, blocks, without)
-    servers.sort(key=lambda server: (server[2], server[0].peer, server[1]))
-    records = tuple(server[0] for server in servers)
-    start = np.array([server[1] for server in servers], dtype=np.intp)
-    end = np.array([server[2] for server in servers], dtype=np.intp)
+    machines = _usable_machines(view, blocks, without)
+    early = early_exits and len(machines) <= EARLY_EXIT_MACHINES
+    exits = [(end, number) for number, (_, _, end) in enumerate(machines)]
+    if early:
+        exits += [(end, number) for number in range(len(machines)) for end in _early_exits(machines, number)]
+    exits.sort(key=lambda exit: (exit[0], machines[exit[1]][0].peer))
+    machine = np.array([number for _, number in exits], dtype=np.intp)
+    start = np.array([machines[number][1] for number in machine], dtype=np.intp)
+    end = np.array([end for end, _ in exits], dtype=np.intp)
+    records = [record for record, _, _ in machines]
     delay_s = delays_s(records, either_way=either_way)
     entry_s, exit_s = _outside_delays_s(view, records, after, before, either_way)
+    order = _takeover_order(machines) if early else None
     entering = np.flatnonzero(start <= blocks.start)
     stages: list[Stage] = []
-    bounds = [*np.flatnonzero(np.diff(end, prepend=-1)).tolist(), len(servers)]
-    leaving = slice(len(servers), len(servers))
-    for low, high in itertools.pairwise(bounds):
+    bounds = [*np.flatnonzero(np.diff(end, prepend=-1)).tolist(), len(end)]
+    leaving = slice(bounds[-2], bounds[-1])
+    for low, high in itertools.pairwise(bounds[:-1]):
         boundary = int(end[low])
-        if boundary == blocks.stop:
-            leaving = slice(low, high)
-            break
         # Everyone behind `high` ends later, so it holds the boundary if it has started.
         holding = np.flatnonzero(start[high:] <= boundary) + high
+        here, there = machine[low:high, None], machine[holding]
         stages.append(
             Stage(
                 boundary=boundary,
                 arriving=slice(low, high),
                 holding=holding,
-                delay_s=delay_s[low:high, holding],
+                delay_s=delay_s[here, there],
                 used_blocks=(end[holding] - boundary).astype(np.float64),
+                barred=None if order is None else order[there] <= order[here],
             )
         )
     return ChainGraph(
         blocks=blocks,
-        records=records,
+        records=tuple(records[number] for _, number in exits),
+        machine=machine,
         start=start,
         end=end,
-        span_blocks=np.array([len(record.span) for record in records], dtype=np.intp),
-        entry_delay_s=entry_s,
-        exit_delay_s=exit_s,
-        unreachable=np.array([math.isinf(view.rtts_s.get(record.peer, 0.0)) for record in records]),
+        span_blocks=np.array([len(record.span) for record in records], dtype=np.intp)[machine],
+        entry_delay_s=entry_s[machine],
+        exit_delay_s=exit_s[machine],
+        early=np.array([end < machines[number][2] for end, number in exits]),
+        unreachable=np.array([math.isinf(view.rtts_s.get(record.peer, 0.0)) for record in records])[machine],
         entering=entering,
         entering_used_blocks=(end[entering] - blocks.start).astype(np.float64),
         leaving=leaving,
         stages=tuple(stages),
-        closing_delay_s=delay_s[leaving][:, entering],
+        closing_delay_s=delay_s[machine[leaving, None], machine[entering]],
     )
+
+
+def _early_exits(machines: Sequence[_Usable], number: int) -> list[int]:
+    """Where others that may take over from this machine begin inside its span."""
+    order = _takeover_order(machines)
+    _, start, end = machines[number]
+    begins = {other[1] for place, other in enumerate(machines) if order[place] > order[number]}
+    return sorted(begin for begin in begins if start < begin < end)
+
+
+def _takeover_order(machines: Sequence[_Usable]) -> Ints:
+    """A machine that is left early may be followed by those behind it in this order: those that end later, and of
+    those that end with it, the faster ones. Each hop then is further on, so no machine comes twice."""
+    ranked = sorted(
+        range(len(machines)),
+        key=lambda number: (
+            machines[number][2],
+            machines[number][0].rates.decode_tokens_per_s,
+            machines[number][0].peer,
+        ),
+    )
+    order = np.empty(len(machines), dtype=np.intp)
+    order[ranked] = np.arange(len(machines))
+    return order
 
 
 def one_way_delay_s(rtts_s: Floats) -> Floats:
@@ -150,10 +196,8 @@ def one_way_delay_s(rtts_s: Floats) -> Floats:
     return np.where(np.isnan(rtts_s), UNKNOWN_DELAY_S, np.minimum(rtts_s / 2, MAX_DELAY_S))
 
 
-def _usable_servers(
-    view: SwarmView, blocks: range, without: frozenset[PeerId]
-) -> list[tuple[PeerRecord, int, int]]:
-    """(record, first, end) within `blocks`.
+def _usable_machines(view: SwarmView, blocks: range, without: frozenset[PeerId]) -> list[_Usable]:
+    """Who can serve, in the order of ids.
 
     A ban is ignored where it would leave nobody (PETALS); such a peer serves from the first such block of its span
     to the last, as one span, because a session crosses a peer once.
@@ -210,7 +254,7 @@ def delays_s(records: Sequence[PeerRecord], *, either_way: bool) -> Floats:
 
 def _outside_delays_s(
     view: SwarmView,
-    records: tuple[PeerRecord, ...],
+    records: Sequence[PeerRecord],
     after: PeerId | None,
     before: PeerId | None,
     either_way: bool,

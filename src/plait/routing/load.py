@@ -31,7 +31,7 @@ from plait.routing.path_values import PathValues
 from plait.routing.sweep import Path, edges, shortest_path, ways_to_go
 
 HOP_OVERHEAD_S = 0.0005  # framing, encryption and wake-ups of a hop of ours
-SPREAD = 0.1  # standard deviation of the logarithm of the random factor: bench/routing_load.py
+SPREAD = 0.05  # standard deviation of the logarithm of the random factor: bench/routing_load.py
 BACKLOG_STEPS = 128  # a prompt that waits now delays one step of an answer of about this length
 MAX_FIRST_HOPS = 12  # sweeps for closed rounds; their bounds nearly always end the search sooner
 
@@ -47,17 +47,18 @@ def least_loaded_round(
 ) -> tuple[float, Path]:
     """A chain with about the least expected round, and its expected round.
 
-    `unannounced`: sessions that peers have, and do not announce yet. `closed`: the last hop hands its token to the
-    first, else to whoever drives the chain.
+    `unannounced`: sessions that peers have and do not announce yet, less those that they announce and have no more.
+    `closed`: the last hop hands its token to the first, else to whoever drives the chain.
     """
     nobody = np.zeros(graph.servers)
     announced = np.array(
-        [record.load.sessions + unannounced.get(record.peer, 0) for record in graph.records], dtype=np.float64
+        [max(0, record.load.sessions + unannounced.get(record.peer, 0)) for record in graph.records],
+        dtype=np.float64,
     )
     closing_s = closing_delays_s(graph) if closed else None
     idle_s, _ = shortest_round(graph, load_cost(graph, need_tokens, nobody, round_s=1.0), closing_s)
     cost = load_cost(graph, need_tokens, announced, round_s=idle_s)
-    factor = rng.lognormal(0.0, spread, graph.servers)
+    factor = rng.lognormal(0.0, spread, graph.servers)[graph.machine]
     _, path = shortest_round(
         graph, replace(cost, arrive=cost.arrive * factor, per_block=cost.per_block * factor), closing_s
     )
@@ -80,6 +81,8 @@ def load_cost(graph: ChainGraph, need_tokens: int, sessions: Floats, *, round_s:
     others = _tokens_of_others(sessions, blocks * pass_s, blocks * row_s, round_s)
     running_s = blocks * (pass_s + row_s * np.maximum(others, 1.0))
     wait_s = np.minimum(others, 1.0) * running_s / 2
+    # Who leaves early shares no pass with those who stay, and waits for theirs too.
+    wait_s = wait_s + np.where(graph.early, np.minimum(others, 1.0) * blocks * pass_s, 0.0)
     queued = np.array([record.load.queued_tokens for record in records])
     backlog_s = queued * blocks * _inverse([record.rates.prefill_tokens_per_s for record in records], 0.0)
     transfer_s = _inverse([record.rates.network_tokens_per_s for record in records], 0.0)

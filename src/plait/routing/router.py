@@ -14,6 +14,7 @@ from plait.routing.choose import (
     front_of,
     graph_of,
     has_front,
+    leaves_early,
     pick_from,
     single_chain,
 )
@@ -35,10 +36,10 @@ class Router:
 
     def __init__(self) -> None:
         self._version = -1
-        self._graphs: dict[tuple[Place, bool], ChainGraph] = {}
+        self._graphs: dict[tuple[Place, bool, bool], ChainGraph] = {}
         self._fronts: dict[tuple[object, ...], FoundFront] = {}
         self._last_fronts: dict[range, Front] = {}
-        self._given: dict[PeerId, tuple[int, int]] = {}  # sequence of the peer's record, sessions given since
+        self._given: dict[PeerId, tuple[int, int]] = {}  # sequence of the peer's record, sessions since
 
     def choose(
         self,
@@ -58,7 +59,7 @@ class Router:
             self._graphs.clear()
             self._fronts.clear()
         place = Place(blocks=blocks, without=without, after=after, before=before)
-        key = (place, wish.mode == "load")
+        key = (place, wish.mode == "load", leaves_early(wish))
         graph = self._graphs.get(key)
         if graph is None:
             graph = self._graphs[key] = graph_of(view, place, wish)
@@ -66,7 +67,7 @@ class Router:
             routed = pick_from(self._front(graph, place, wish, rng, deadline), wish, rng)
         else:
             routed = single_chain(view, graph, place, wish, rng=rng, unannounced=self._unannounced(view))
-        self._count(view, routed.chain)
+        self._count(view, routed.chain, 1)
         return routed
 
     def _front(
@@ -78,7 +79,7 @@ class Router:
         deadline: Callable[[], bool],
     ) -> FoundFront:
         small_caches = cache_is_short(graph, wish.need_tokens).tobytes()
-        limits = (wish.max_hops, wish.evaluations, wish.slack_fraction)
+        limits = (wish.max_hops, wish.evaluations, wish.slack_fraction, wish.early_exits)
         # Of the length of a session only the probability of a failure depends otherwise.
         length = wish.need_tokens if "failure" in wish.objectives else 0
         key = (place, wish.mode, wish.objectives, limits, small_caches, length)
@@ -100,8 +101,13 @@ class Router:
             if peer in view.records and view.records[peer].sequence == sequence
         }
 
-    def _count(self, view: SwarmView, chain: Chain) -> None:
+    def ended(self, view: SwarmView, chain: Chain) -> None:
+        """A session that this router gave a chain is over; its peers announce it a little longer."""
+        self._count(view, chain, -1)
+
+    def _count(self, view: SwarmView, chain: Chain, change: int) -> None:
         given = self._unannounced(view)
         for hop in chain:
-            given[hop.peer] = given.get(hop.peer, 0) + 1
+            if hop.peer in view.records:
+                given[hop.peer] = given.get(hop.peer, 0) + change
         self._given = {peer: (view.records[peer].sequence, sessions) for peer, sessions in given.items()}

@@ -36,11 +36,12 @@ def standing_of(
     Raises:
         NoRoute: every chain of the front has more than `max_hops` hops.
     """
-    wish = replace(wish, mode="exact", pinned=())
+    # With early exits, so that no chain of mode `load` is missing.
+    wish = replace(wish, mode="exact", pinned=(), early_exits=True)
     graph = graph_of(view, Place(blocks=blocks), wish)
     objectives = objectives_on(graph, wish.objectives, wish.need_tokens)
-    numbers = {record.peer: number for number, record in enumerate(graph.records)}
-    path = tuple(numbers[hop.peer] for hop in chain)
+    numbers = {(record.peer, int(graph.end[number])): number for number, record in enumerate(graph.records)}
+    path = tuple(numbers[hop.peer, hop.span.stop] for hop in chain)
     values = objectives.natural(objectives.minimised(PathValues(graph).values(objectives.costs, [path])))
     front = front_of(graph, wish, rng=np.random.default_rng(0), deadline=deadline).front
     return Standing(front=front, values=tuple(float(value) for value in values[0]))

@@ -28,7 +28,9 @@ class RouteWish:
         `pinned`      the peers in `pinned`, in that order
     `need_tokens`: the session's greatest length, prompt and answer; 0 is unknown. `pick`: which point of the front.
     `max_hops`: the most hops that a chain of a front may have. `evaluations`: chains that `tradeoff` may evaluate.
-    `slack_fraction`: what `exact` may miss, as a part of the front's extent; 0 misses nothing.
+    `slack_fraction`: what `exact` may miss, as a part of the front's extent; 0 misses nothing. `early_exits`:
+    chains of `exact` may leave a machine before its span ends (those of `load` always may, those of PETALS never;
+    see `chain_graph`).
     """
 
     mode: RouteMode = "load"
@@ -39,6 +41,7 @@ class RouteWish:
     max_hops: int = 4096
     evaluations: int = 4000
     slack_fraction: float = 0.0
+    early_exits: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(RouteMode):

@@ -76,7 +76,7 @@ def tokens_of_others(sessions: int, pass_s: float, row_s: float, round_s: float)
     low, high = 0.0, float(sessions)
     for _ in range(200):
         middle = (low + high) / 2
-        takes_s = pass_s + row_s * middle
+        takes_s = pass_s + row_s * max(middle, 1.0)
         low, high = (middle, high) if middle * (round_s + takes_s) < sessions * takes_s else (low, middle)
     return low
 

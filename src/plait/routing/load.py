@@ -5,12 +5,13 @@ data path does: each hop batches whoever is there, hops hand over to each other 
 token to the first.
 
 **A server with S other sessions.** Its forward pass with m tokens takes t(m) = n (c0 + c1 m) for n blocks: c0 for
-reading the weights, c1 for each row, from the announced rates (1 / decode rate = c0 + c1, 1 / saturated rate = c1).
-A session comes back to it after the rest of its round, Z. While a pass runs, each of the S arrives with the share t
-/ (Z + t) of its round, so passes carry m = S t(m) / (Z + t(m)) tokens of others: a quadratic, whose root is S where
-links are short and small where Z is long. A token that arrives waits for half a pass if one is running (m >= 1:
-always; else with probability m), then runs with the m that arrived beside it. Z is estimated once for the swarm:
-the best round that there is without any load.
+reading the weights, c1 for each row, from the announced rates (1 / decode rate = c0 + c1, 1 / saturated rate = c1). A
+session comes back to it after the rest of its round, Z. While a pass runs, each of the S arrives with the share
+t / (Z + t) of its round, so that passes carry m = S t / (Z + t) tokens of others, with t = t(m), or t(1) where that is
+less than one: near S where links are short, few where Z is long. A token that arrives waits for half a pass if one is
+running (m >= 1: always; else with probability m), then runs with the m that arrived beside it. Sessions that cross
+other blocks of the machine run in passes of their own; that is counted for chains that leave a machine early, which
+is rarely worth it on a busy one. Z is estimated once for the swarm: the best round that there is without any sessions.
 
 **Clients that choose at once** see the same announcements. If each took the best chain, all would take the same, and
 the announcements that follow would send all of them elsewhere (Mitzenmacher, "How useful is old information?", 2000:
@@ -104,14 +105,15 @@ def _inverse(rates: Sequence[float], unknown: float) -> Floats:
 
 
 def _tokens_of_others(sessions: Floats, pass_s: Floats, row_s: Floats, round_s: float) -> Floats:
-    """The positive root m of m (Z + t(m)) = S t(m), t(m) = pass_s + row_s m: [servers]."""
+    """The m with m (Z + t) = S t, t = pass_s + row_s max(m, 1): [servers]."""
+    alone_s = pass_s + row_s
+    seldom = sessions * alone_s / (round_s + alone_s)
     linear = round_s + pass_s - sessions * row_s
     constant = sessions * pass_s
     root = np.sqrt(linear**2 + 4 * row_s * constant)
     # Of the two forms of the root, the one that does not subtract near-equals.
-    return np.where(
-        linear > 0, 2 * constant / np.maximum(linear + root, 1e-300), (root - linear) / (2 * row_s)
-    )
+    often = np.where(linear > 0, 2 * constant / np.maximum(linear + root, 1e-300), (root - linear) / (2 * row_s))
+    return np.where(seldom < 1, seldom, often)
 
 
 def closing_delays_s(graph: ChainGraph) -> Floats:

@@ -288,6 +288,26 @@ def test_pinned_machines_are_looked_up_once(expected: list[int]) -> None:
     run_virtual(main())
 
 
+@pytest.mark.parametrize("pinned", [("A", "B", "C"), ("whole",)])
+def test_an_answer_over_pinned_machines_goes_on_when_all_of_them_are_lost(
+    pinned: tuple[str, ...], expected: list[int]
+) -> None:
+    request = replace(REQUEST, route=RouteAsk(pinned=pinned))
+
+    async def main() -> None:
+        async with swarm({**TWICE, "whole": range(6)}, dtype=DTYPE) as rig:
+            answer = Answer()
+            asking = asyncio.create_task(rig.ask(request, answer))
+            await until(answer, 9)
+            assert rig.chain() == list(pinned)
+            for name in pinned:
+                await rig.kill(name)
+            await asking
+            assert answer.token_ids[0] == expected
+
+    run_virtual(main())
+
+
 def test_blocks_that_nobody_serves_are_named_when_a_request_comes() -> None:
     async def main() -> None:
         async with swarm({"a": range(2), "c": range(4, 6)}, dtype=DTYPE) as rig:

@@ -109,6 +109,7 @@ def _serve_miniature(settings: Settings, listener: Listener, api_key: str | None
     note("starting a swarm of three processes")
     with Miniature(PARTS, on_end=on_end) as miniature:
         own = {"name": "gateway", "blocks": "none", "folder": miniature.folder, "listen": "127.0.0.1:0"}
+        own |= {"advertise": (), "ticket": None}  # a swarm of its own, whatever this user's is like
         if not {"route_mode", "route_pick"} & settings.swarm.model_fields_set:
             # A front to show, and the point of it that takes more than one machine.
             own |= {"route_mode": "exact", "route_pick": "throughput-first"}

@@ -138,6 +138,7 @@ def _start(part: Part, folder: Path) -> Machine:
                     "warning",
                 ),
                 *("--swarm-listen", "127.0.0.1:0", "--set", f"swarm.folder={folder}"),
+                *("--set", "swarm.advertise=[]"),
                 *("--set", "swarm.announce_s=0.5"),
             ),
             stdin=subprocess.PIPE,

@@ -49,8 +49,7 @@ def outlive(base_url: str, api_key: str | None, victim: Victim) -> None:
     from plait.client import ServerClient
 
     with ServerClient(base_url, api_key=api_key) as client:
-        machines = client.get("/swarm/status")["machines"]
-        route = {"pinned": chain_through(machines, victim.name)}
+        route = {"pinned": _chain_through(client, victim.name)}
         say(f"asking for {ANSWER_TOKENS} tokens through {' -> '.join(route['pinned'])}: {QUESTION}\n")
         pieces: list[str] = []
         killed_s = last_s = longest_s = 0.0
@@ -71,6 +70,12 @@ def outlive(base_url: str, api_key: str | None, victim: Victim) -> None:
             again = "".join(chunks)
         same = again == "".join(pieces)
         say(f"asked again without {victim.name}, the answer is {'the same' if same else 'ANOTHER ONE'}")
+
+
+def _chain_through(client: "ServerClient", name: str) -> list[str]:
+    """The chain that requests get now, if the machine `name` is in it, or else one that goes through it."""
+    now = [hop["name"] for hop in client.post("/swarm/route", {})["chain"]]
+    return now if name in now else chain_through(client.get("/swarm/status")["machines"], name)
 
 
 def chain_through(machines: Sequence[dict[str, Any]], name: str) -> list[str]:

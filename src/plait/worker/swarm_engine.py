@@ -276,9 +276,13 @@ class SwarmEngine:
     def counts(self) -> SwarmCounts:
         """What the sessions do."""
         live = [driver.session for driver in self._drivers.values()]
+        by_state: dict[SessionState, int] = {}
+        for session in live:
+            state = _session_state(session)
+            by_state[state] = by_state.get(state, 0) + 1
         return SwarmCounts(
             sessions=len(live),
-            sessions_by_state=dict(Counter(map(_session_state, live))),
+            sessions_by_state=by_state,
             sessions_by_peer=dict(Counter(hop.peer for session in live for hop in session.hops)),
             sessions_total=self._sessions_total,
             recoveries_total=self._recoveries + sum(session.recoveries for session in live),
@@ -399,7 +403,11 @@ class SwarmEngine:
         session = ChainSession(wish, self.options.times, own=self._network.peer)
 
         async def find_hops(wanted: FindRoute) -> tuple[ChainHop, ...]:
-            hops = await self._find_hops(wanted, wish, route)
+            nonlocal route
+            hops = await self._find_hops(wanted, route)
+            if route.mode == "pinned":
+                # From here on, if a pinned peer is lost: whoever can take its place.
+                route = replace(route, mode="load", pinned=())
             running.live.scheduled_s = running.live.scheduled_s or self._loop.time()
             return hops
 
@@ -454,13 +462,8 @@ class SwarmEngine:
 
     # -- routes -------------------------------------------------------------------------------------------
 
-    async def _find_hops(
-        self, wanted: FindRoute, wish: SessionWish, route: RouteWish
-    ) -> tuple[ChainHop, ...]:
+    async def _find_hops(self, wanted: FindRoute, route: RouteWish) -> tuple[ChainHop, ...]:
         view = self.lookout.view()
-        if route.mode == "pinned" and wanted.blocks != wish.blocks:
-            # One of the pinned peers is gone: whoever can take its place.
-            route = replace(route, mode="load", pinned=())
         deadline_s = self._loop.time() + self.options.route_s
 
         def choose() -> tuple[ChainHop, ...]:

@@ -143,7 +143,7 @@ class Simulation:
         router = self.routers[client.gateway]
         for hop in client.chain:
             self.workers[hop.peer].sessions -= 1
-        router.ended(self.view, client.chain)
+        router.ended(self.view, (hop.peer for hop in client.chain))
         began_s = time.perf_counter()
         blocks = range(self.view.model_blocks)
         client.chain = router.choose(self.view, blocks, self.wish, rng=self.rng).chain

@@ -259,7 +259,7 @@ def test_a_session_that_ended_counts_no_more_though_it_is_still_announced() -> N
         replace(record, sequence=1, load=PeerLoad(sessions=int(record.peer == here))) for record in records
     ]
     view = make_view(*busy, blocks=4, version=2)
-    router.ended(view, first.chain)
+    router.ended(view, [hop.peer for hop in first.chain])
     chosen = [
         router.choose(view, range(4), RouteWish(), rng=np.random.default_rng(seed)) for seed in range(2)
     ]

@@ -1,12 +1,12 @@
 """What is kept between two choices: graphs, fronts, and the sessions that no record counts yet."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from plait.cluster import SwarmView
 from plait.ids import PeerId
-from plait.routing.chain import Chain, Front, Routed
+from plait.routing.chain import Front, Routed
 from plait.routing.choose import (
     NOBODY,
     FoundFront,
@@ -67,7 +67,7 @@ class Router:
             routed = pick_from(self._front(graph, place, wish, rng, deadline), wish, rng)
         else:
             routed = single_chain(view, graph, place, wish, rng=rng, unannounced=self._unannounced(view))
-        self._count(view, routed.chain, 1)
+        self._count(view, (hop.peer for hop in routed.chain), 1)
         return routed
 
     def _front(
@@ -101,13 +101,13 @@ class Router:
             if peer in view.records and view.records[peer].sequence == sequence
         }
 
-    def ended(self, view: SwarmView, chain: Chain) -> None:
-        """A session that this router gave a chain is over; its peers announce it a little longer."""
-        self._count(view, chain, -1)
+    def ended(self, view: SwarmView, peers: Iterable[PeerId]) -> None:
+        """A session that this router gave to these peers is over; they announce it a little longer."""
+        self._count(view, peers, -1)
 
-    def _count(self, view: SwarmView, chain: Chain, change: int) -> None:
+    def _count(self, view: SwarmView, peers: Iterable[PeerId], change: int) -> None:
         given = self._unannounced(view)
-        for hop in chain:
-            if hop.peer in view.records:
-                given[hop.peer] = given.get(hop.peer, 0) + change
+        for peer in peers:
+            if peer in view.records:
+                given[peer] = given.get(peer, 0) + change
         self._given = {peer: (view.records[peer].sequence, sessions) for peer, sessions in given.items()}

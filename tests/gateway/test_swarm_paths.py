@@ -31,7 +31,7 @@ def http(site: Any, swarm: SmallSwarm) -> Iterator[httpx.Client]:
         yield http
 
 
-def test_status_says_what_each_machine_does(http: httpx.Client) -> None:
+def test_status_says_what_each_machine_does(site: Any, http: httpx.Client, swarm: SmallSwarm) -> None:
     before = {machine["name"]: machine for machine in http.get("/swarm/status").json()["machines"]}
     assert http.post("/v1/chat/completions", json=ASK).status_code == 200
     status = http.get("/swarm/status").json()
@@ -44,8 +44,13 @@ def test_status_says_what_each_machine_does(http: httpx.Client) -> None:
     assert (
         status["sessions_by_state"] == {} and status["chains"] == [] and status["replayed_tokens_total"] == 0
     )
-    links = {(link["from"], link["to"]) for link in status["links"]}
-    assert (machines["one"]["peer"], machines["two"]["peer"]) in links
+    between = (machines["one"]["peer"], machines["two"]["peer"])
+
+    def is_told() -> bool:  # by gossip, some time after it was measured
+        links: list[dict[str, Any]] = dict(swarm.gateway.status())["links"]
+        return between in {(link["from"], link["to"]) for link in links}
+
+    site.until(is_told)
     assert http.get("/status").json()["swarm"] is True
 
 

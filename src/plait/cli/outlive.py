@@ -94,18 +94,26 @@ def chain_through(machines: Sequence[dict[str, Any]], name: str) -> list[str]:
             f"no machine {name!r} serves blocks of this swarm; there are {', '.join(spans) or 'none'}"
         )
     end_block = max(end for _, end in spans.values())
+    own_first = spans[name][0]
     chain: list[str] = []
     block = 0
     while block < end_block:
-        following = [other for other, (first, _) in spans.items() if first == block]
+        # Up to the machine's own first block by machines that end there at the latest, then by itself.
+        following = (
+            [name]
+            if block == own_first
+            else [
+                other
+                for other, (first, end) in spans.items()
+                if first == block and (block > own_first or end <= own_first)
+            ]
+        )
         if not following:
-            raise BadSetup(
-                f"nobody serves block {block} after {chain}; the demo says which machines are left"
-            )
-        chain.append(name if name in following else following[0])
+            break
+        chain.append(following[0])
         block = spans[chain[-1]][1]
-    if name not in chain:
-        raise BadSetup(f"no chain goes through {name!r}")
+    if block < end_block or name not in chain:
+        raise BadSetup(f"no chain of whole machines goes through {name!r}; the demo says which are left")
     return chain
 
 

@@ -433,6 +433,7 @@ class SwarmEngine:
 
     def _forget(self, driver: SessionDriver) -> None:
         if self._drivers.pop(driver.session.id, None) is not None:
+            self._router.ended(self.lookout.view(), [hop.peer for hop in driver.session.hops])
             self._recoveries += driver.session.recoveries
             self._replayed += driver.session.replayed_tokens
 

@@ -51,6 +51,9 @@ def test_status_says_what_each_machine_does(site: Any, http: httpx.Client, swarm
         return between in {(link["from"], link["to"]) for link in links}
 
     site.until(is_told)
+    few = http.get("/swarm/status", params={"max_links": 1}).json()["links"]
+    assert len(few) == len({link["from"] for link in few}) == 3
+    assert http.get("/swarm/status", params={"max_links": -1}).status_code == 400
     assert http.get("/status").json()["swarm"] is True
 
 

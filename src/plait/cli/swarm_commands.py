@@ -95,7 +95,7 @@ def _machine_row(machine: dict[str, Any]) -> tuple[str, ...]:
     return (
         machine["name"] + (f" ({', '.join(marks)})" if marks else ""),
         f"{machine['first_block']}:{machine['end_block']}" if has_span else "-",
-        machine["state"],
+        _state(machine),
         format_s(machine["rtt_s"]) if machine["rtt_s"] is not None else "-",
         format_bytes(machine["memory_bytes"]),
         f"{machine['kv_free_tokens']} of {machine['kv_total_tokens']}" if machine["kv_total_tokens"] else "-",
@@ -103,3 +103,11 @@ def _machine_row(machine: dict[str, Any]) -> tuple[str, ...]:
         str(machine["sessions"]),
         machine["peer"][:12],
     )
+
+
+def _state(machine: dict[str, Any]) -> str:
+    """What it is doing, and how far it is."""
+    loading = machine["loading"]
+    if loading is None or not loading["total_bytes"]:
+        return str(machine["state"])
+    return f"{machine['state']} {loading['done_bytes'] / loading['total_bytes']:.0%}"

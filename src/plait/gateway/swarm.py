@@ -3,7 +3,7 @@
 import time
 from typing import Annotated
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Response
 from pydantic import Field
 
 from plait.errors import NotFound, Unauthorized
@@ -36,10 +36,10 @@ class LeaveOrder(WireModel):
 
 
 @router.get("/swarm/status", responses=json_responses("Machines, spans, links, sessions."))
-async def status(door: Door) -> Response:
-    """The swarm as this gateway sees it."""
+async def status(door: Door, max_links: Annotated[int | None, Query(ge=0, le=4096)] = None) -> Response:
+    """The swarm as this gateway sees it; of each machine at most `max_links` links, the shortest."""
     per_s = round(door.metrics.token_rate.per_s(time.monotonic()), 2)
-    return json_response({**_desk(door).status(), "tokens_per_s": per_s})
+    return json_response({**_desk(door).status(max_links=max_links), "tokens_per_s": per_s})
 
 
 @router.get("/swarm/ticket", responses=json_responses("A ticket, to be passed on like a password."))

@@ -18,8 +18,8 @@ class SwarmDesk(Protocol):
         """
         ...
 
-    def status(self) -> Mapping[str, Any]:
-        """Machines, spans, links, sessions.
+    def status(self, *, max_links: int | None = None) -> Mapping[str, Any]:
+        """Machines, spans, links, sessions; of each machine at most `max_links` links, the shortest.
 
         Raises:
             NotReady: the model is not known yet.

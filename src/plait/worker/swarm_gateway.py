@@ -14,6 +14,7 @@ import numpy as np
 
 from plait.cluster import PeerProgress, PeerRecord, SwarmView, format_blocks
 from plait.errors import ServingError
+from plait.ids import PeerId
 from plait.metrics import MachineFacts, SwarmFacts
 from plait.routing import choose_chain, routed_fields, standing_of, wish_of_fields
 from plait.session import RouteAsk
@@ -139,8 +140,8 @@ class SwarmGateway:
         own = TicketPeer(self.node.peer, self.node.addresses)
         return Ticket.issue(secret, [own], expires_unix_s=self.node.unix_now() + self._ticket_s).text
 
-    def status(self) -> Mapping[str, Any]:
-        """Machines, spans, links and sessions, ready for JSON."""
+    def status(self, *, max_links: int | None = None) -> Mapping[str, Any]:
+        """Machines, spans, links and sessions, ready for JSON; of each machine at most `max_links`, the shortest."""
         lookout = self.engine.lookout
         view, counts, now_s = lookout.view(), self.engine.counts(), self.node.unix_now()
         return {
@@ -180,8 +181,7 @@ class SwarmGateway:
             "links": [
                 {"from": record.peer, "to": peer, "rtt_s": _finite(rtt_s)}
                 for record in view.records.values()
-                for peer, rtt_s in sorted(record.rtts_s.items())
-                if peer in view.records
+                for peer, rtt_s in _shortest(record, view, max_links)
             ],
         }
 
@@ -300,6 +300,11 @@ def _chain_of(hops: Iterable[ChainHop], view: SwarmView) -> list[dict[str, Any]]
         }
         for hop in hops
     ]
+
+
+def _shortest(record: PeerRecord, view: SwarmView, most: int | None) -> list[tuple[PeerId, float]]:
+    known = [(peer, rtt_s) for peer, rtt_s in sorted(record.rtts_s.items()) if peer in view.records]
+    return known if most is None else sorted(known, key=lambda link: link[1])[:most]
 
 
 def _loading(progress: PeerProgress) -> dict[str, Any]:

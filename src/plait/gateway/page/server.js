@@ -28,9 +28,9 @@ export async function getStatus() {
   return response.json();
 }
 
-// The machines of the swarm that this server is the gateway of.
-export async function getSwarm() {
-  const response = await call("swarm/status", { cache: "no-store", signal: AbortSignal.timeout(STATUS_TIMEOUT_MS) });
+// The machines of the swarm that this server is the gateway of, with some of the links of each.
+export async function getSwarm(maxLinks) {
+  const response = await call(`swarm/status?max_links=${maxLinks}`, { cache: "no-store", signal: AbortSignal.timeout(STATUS_TIMEOUT_MS) });
   return response.json();
 }
 

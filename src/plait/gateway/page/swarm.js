@@ -7,13 +7,16 @@ import { getRoute, getSwarm, getTicket, ServerError } from "./server.js";
 
 const SHOWN_MACHINES = 100;
 const SHOWN_LINKS = 8;
-const ROUTE_MS = 5000; // a front of a large swarm costs the server something
-const SPEED_MS = 5000; // over which tokens are counted
+const ROUTE_MS = 5000;
+const MANY_MACHINES = 50; // from here on everything is asked for less often, since it costs the server something
+const MANY_MS = 10_000;
+const SPEED_MS = 5000; // over which tokens are counted, or since the last look if that is longer ago
 const SVG = "http://www.w3.org/2000/svg";
 const PLOT = { left: 8, right: 272, top: 20, bottom: 124 };
 
 const find = (id) => document.getElementById(id);
 const rows = new Map(); // by machine: its elements and the tokens counted lately
+let shownMs = -Infinity;
 let routeShownMs = -Infinity;
 
 export function setUpSwarm() {
@@ -23,17 +26,20 @@ export function setUpSwarm() {
 
 export function hideSwarm() {
   find("swarm").hidden = true;
-  routeShownMs = -Infinity;
+  shownMs = routeShownMs = -Infinity;
 }
 
 export async function refreshSwarm() {
-  const swarm = await getSwarm();
+  const many = rows.size > MANY_MACHINES;
+  if (many && performance.now() - shownMs < MANY_MS) return;
+  shownMs = performance.now();
+  const swarm = await getSwarm(SHOWN_LINKS);
   find("swarm").hidden = false;
   showSummary(swarm);
   showMachines(swarm);
   showJoinNote(swarm);
   if (swarm.missing_blocks) find("route").hidden = true;
-  else if (performance.now() - routeShownMs >= ROUTE_MS && isVisible(find("swarm"))) {
+  else if (performance.now() - routeShownMs >= (many ? MANY_MS : ROUTE_MS) && isVisible(find("swarm"))) {
     routeShownMs = performance.now();
     try {
       showRoute(await getRoute());
@@ -129,7 +135,7 @@ class MachineRow {
   showSpeed(machine) {
     const nowMs = performance.now();
     this.counted.push([nowMs, machine.gateway_tokens_total]);
-    while (nowMs - this.counted[0][0] > SPEED_MS) this.counted.shift();
+    while (this.counted.length > 2 && nowMs - this.counted[0][0] > SPEED_MS) this.counted.shift();
     const [[firstMs, first]] = this.counted;
     const speed = nowMs > firstMs ? ((machine.gateway_tokens_total - first) * 1000) / (nowMs - firstMs) : 0;
     this.speed.textContent = speed > 0 ? `${formatSpeed(speed)} tok/s` : "";
@@ -169,8 +175,7 @@ function machineFacts(machine, swarm, names) {
   }
   const links = swarm.links.filter((link) => link.from === machine.peer && link.rtt_s !== null && names.has(link.to));
   links.sort((one, other) => one.rtt_s - other.rtt_s);
-  for (const link of links.slice(0, SHOWN_LINKS)) facts.push([`To ${names.get(link.to)}`, formatMs(link.rtt_s * 1000)]);
-  if (links.length > SHOWN_LINKS) facts.push(["More links", String(links.length - SHOWN_LINKS)]);
+  for (const link of links) facts.push([`To ${names.get(link.to)}`, formatMs(link.rtt_s * 1000)]);
   if (machine.through.length) {
     facts.push(["Reached through", machine.through.map((peer) => names.get(peer) ?? peer.slice(0, 12)).join(", ")]);
   }

@@ -101,6 +101,7 @@ def test_metrics_have_the_swarm(http: httpx.Client, swarm: SmallSwarm) -> None:
     assert samples["plait_swarm_machines", "online"] == 3
     assert samples["plait_swarm_missing_blocks", None] == 0
     assert samples["plait_swarm_sent_bytes_total", "one"] > 100
+    assert samples["plait_swarm_machine_sent_bytes_total", "one"] > 100
     assert samples["plait_swarm_received_bytes_total", "two"] > 100
     assert samples["plait_swarm_rtt_seconds", "one"] > 0
     assert samples["plait_swarm_failovers_total", None] == 0

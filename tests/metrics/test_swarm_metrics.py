@@ -24,6 +24,8 @@ def machine(number: int, **changes: object) -> MachineFacts:
         kv_used_tokens=30,
         kv_total_tokens=100,
         generated_tokens_total=10,
+        all_sent_bytes_total=5000,
+        all_received_bytes_total=6000,
         sent_bytes_total=1000,
         received_bytes_total=2000,
         heartbeats_missed_total=3,
@@ -70,6 +72,7 @@ def test_machines_sessions_and_what_went_wrong_are_told() -> None:
     assert board.value("step_seconds", **one) == 0.001
     assert board.value("rtt_seconds", **one) == 0.002
     assert board.value("sent_bytes_total", **one) == 1000
+    assert board.value("machine_received_bytes_total", **one) == 6000
     assert board.value("heartbeats_missed_total", **one) == 3
     assert board.value("machines", state="online") == board.value("machines", state="joining") == 1
     assert board.value("machines", state="draining") == 0
@@ -91,7 +94,7 @@ def test_a_swarm_that_is_not_known_yet_has_no_series() -> None:
 def test_however_many_machines_there_are_the_series_are_few() -> None:
     few = len(Board(*map(machine, range(MAX_MACHINES))).samples())
     many = Board(*map(machine, range(20 * MAX_MACHINES)))
-    assert len(many.samples()) <= few + 12
+    assert len(many.samples()) <= few + 14
     assert many.value("queued_tokens", machine="other", peer="") == 2 * 19 * MAX_MACHINES
     named = {dict(labels).get("machine") for _, labels in many.samples()}
     assert len(named - {None, "other"}) == MAX_MACHINES

@@ -25,6 +25,12 @@ def test_bytes_are_those_of_the_frames_and_add_up_over_links(tmp_path: Path) -> 
             await far.hears(2)
             second = near.network.traffic(far.peer)
             assert second.sent_bytes > 100_000 and second.losses == 1
+            assert near.network.total_traffic() == second
+            near.network.forget(far.peer)
+            rig.net.cut("near", "far")
+            await until(lambda: len(near.lost) == 2)
+            assert near.network.traffic(far.peer).sent_bytes == 0
+            assert near.network.total_traffic().sent_bytes >= second.sent_bytes
 
     rig.run(main())
 

@@ -55,7 +55,7 @@ class PeerLoad:
     `sessions`: those that cross it. `queued_tokens`: tokens that have arrived and did not run yet. `step_s`: smoothed
     duration of its forward passes; 0 is unknown. `kv_free_tokens` of `kv_total_tokens`: context that fits in its cache,
     through all the blocks it serves (a KV block holds every block of the span, whoever crosses only some of them
-    included); a total of 0 is unknown.
+    included); a total of 0 is unknown. `sent_bytes`, `received_bytes`: over all its links since it started.
     """
 
     sessions: int = 0
@@ -63,6 +63,8 @@ class PeerLoad:
     step_s: float = 0.0
     kv_free_tokens: int = 0
     kv_total_tokens: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
 
     def __post_init__(self) -> None:
         _check_amounts(self, *self.__slots__)

@@ -1,8 +1,8 @@
 """The metrics of a swarm, as its gateway sees it: the machines, the links to them, the sessions over them.
 
-Machines say of themselves how long their steps take and how much waits there; bytes, round trips and heartbeats are
-those of the gateway's own links. Machines come and go, so at most `MAX_MACHINES` have series of their own: what can be
-added up of the others is in the series of a machine called `other`.
+Machines say of themselves how long their steps take, how much waits there and how much they sent and received in all;
+bytes, round trips and heartbeats besides are those of the gateway's own links. Machines come and go, so at most
+`MAX_MACHINES` have series of their own; what can be added up of the others is in the series of a machine `other`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,6 +33,8 @@ class MachineFacts:
     kv_used_tokens: int
     kv_total_tokens: int
     generated_tokens_total: int
+    all_sent_bytes_total: int
+    all_received_bytes_total: int
     sent_bytes_total: int
     received_bytes_total: int
     heartbeats_missed_total: int
@@ -74,8 +76,25 @@ _BY_MACHINE: tuple[_Series, ...] = (
     _Series(
         "hop_tokens", "Tokens of answers that went through it.", lambda m: m.generated_tokens_total, "counter"
     ),
-    _Series("sent_bytes", "Bytes of frames sent to it.", lambda m: m.sent_bytes_total, "counter"),
-    _Series("received_bytes", "Bytes of frames from it.", lambda m: m.received_bytes_total, "counter"),
+    _Series(
+        "machine_sent_bytes",
+        "Bytes that it sent over all its links.",
+        lambda m: m.all_sent_bytes_total,
+        "counter",
+    ),
+    _Series(
+        "machine_received_bytes",
+        "Bytes that it received over all its links.",
+        lambda m: m.all_received_bytes_total,
+        "counter",
+    ),
+    _Series("sent_bytes", "Bytes that the gateway sent to it.", lambda m: m.sent_bytes_total, "counter"),
+    _Series(
+        "received_bytes",
+        "Bytes that the gateway received from it.",
+        lambda m: m.received_bytes_total,
+        "counter",
+    ),
     _Series(
         "heartbeats_missed",
         "Heartbeats of it that were due and did not come.",

@@ -21,6 +21,7 @@ from plait.transport.estimate import LEAST_RTT_S, LEAST_TRANSFER_S, MEASURED_BYT
 from plait.transport.handshake import Greeted
 from plait.transport.limits import NetworkLimits
 from plait.transport.link import Link
+from plait.transport.traffic import LinkTraffic
 from plait.wire import (
     Buffer,
     Challenge,
@@ -135,6 +136,15 @@ class Connection:
         if not self.link.closed:
             self._queue.append(Outgoing(header, buffers, size_bytes, None))
             self.flush()
+
+    @property
+    def traffic(self) -> LinkTraffic:
+        """What has passed over it."""
+        return LinkTraffic(
+            sent_bytes=self.link.sent_bytes,
+            received_bytes=self.link.received_bytes,
+            missed_heartbeats=self.missed_heartbeats,
+        )
 
     @property
     def queued_frames(self) -> int:

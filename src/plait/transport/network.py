@@ -93,6 +93,7 @@ class Network:
         self.on_linked: OnLinked = _drop_link
         self._routes: dict[type, OnMessage] = {}
         self._peers: dict[PeerId, KnownPeer] = {}
+        self._forgotten = NOTHING  # what passed between here and peers that are not known any more
         self._listeners: list[Listener] = []
         self._credentials = Credentials(identity, secret, unix_now)
         self._doorkeeper = Doorkeeper(self._credentials, limits, decide=self._decide, admit=self._admit)
@@ -278,15 +279,11 @@ class Network:
         known = self._peers.get(peer)
         if known is None:
             return NOTHING
-        before, connection = known.before, known.connection
-        if connection is None:
-            return before
-        return replace(
-            before,
-            sent_bytes=before.sent_bytes + connection.link.sent_bytes,
-            received_bytes=before.received_bytes + connection.link.received_bytes,
-            missed_heartbeats=before.missed_heartbeats + connection.missed_heartbeats,
-        )
+        return known.before if known.connection is None else known.before + known.connection.traffic
+
+    def total_traffic(self) -> LinkTraffic:
+        """The same for all peers together, those that are forgotten included."""
+        return sum(map(self.traffic, self._peers), self._forgotten)
 
     def connected(self) -> frozenset[PeerId]:
         """The peers that there is a link to."""
@@ -514,8 +511,8 @@ class Network:
 
     def _tidy(self, known: KnownPeer) -> None:
         """Forget a peer that nothing is known of and nobody waits for."""
-        if not known.wanted(self._loop.time()):
-            self._peers.pop(known.id, None)
+        if not known.wanted(self._loop.time()) and self._peers.pop(known.id, None) is not None:
+            self._forgotten += known.before
 
     def _connection_to(self, peer: PeerId) -> Connection | None:
         known = self._peers.get(peer)

@@ -16,5 +16,13 @@ class LinkTraffic:
     missed_heartbeats: int = 0
     losses: int = 0
 
+    def __add__(self, other: "LinkTraffic") -> "LinkTraffic":
+        return LinkTraffic(
+            sent_bytes=self.sent_bytes + other.sent_bytes,
+            received_bytes=self.received_bytes + other.received_bytes,
+            missed_heartbeats=self.missed_heartbeats + other.missed_heartbeats,
+            losses=self.losses + other.losses,
+        )
+
 
 NOTHING = LinkTraffic()

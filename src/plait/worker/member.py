@@ -162,8 +162,12 @@ class Member:
 
     @property
     def load(self) -> PeerLoad:
-        """How busy its worker is."""
-        return PeerLoad() if self.worker is None else self.worker.load()
+        """How busy its worker is, and what has passed over its links."""
+        load, traffic = (
+            self.worker.load() if self.worker is not None else PeerLoad(),
+            self.node.network.total_traffic(),
+        )
+        return replace(load, sent_bytes=traffic.sent_bytes, received_bytes=traffic.received_bytes)
 
     # -- serving -----------------------------------------------------------------------------------------
 
@@ -179,7 +183,7 @@ class Member:
                 await self._leaving.wait()
         except ServingError as error:
             self.failure = error
-            log.error("this member leaves: %s", error.message)
+            log.info("this member leaves: %s", error.message)
         except Exception as error:
             self.failure = EngineFailure(f"this member broke: {type(error).__name__}: {error}")
             log.exception("this member broke")

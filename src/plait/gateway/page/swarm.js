@@ -173,6 +173,7 @@ function machineFacts(machine, swarm, names) {
   if (machine.prefill_tokens_per_s) {
     facts.push(["One block, prompts", `${formatSpeed(machine.prefill_tokens_per_s)} tokens/s`]);
   }
+  facts.push(["Sent, received", `${formatBytes(machine.sent_bytes)}, ${formatBytes(machine.received_bytes)}`]);
   const links = swarm.links.filter((link) => link.from === machine.peer && link.rtt_s !== null && names.has(link.to));
   links.sort((one, other) => one.rtt_s - other.rtt_s);
   for (const link of links) facts.push([`To ${names.get(link.to)}`, formatMs(link.rtt_s * 1000)]);

@@ -112,7 +112,9 @@ def _tokens_of_others(sessions: Floats, pass_s: Floats, row_s: Floats, round_s: 
     constant = sessions * pass_s
     root = np.sqrt(linear**2 + 4 * row_s * constant)
     # Of the two forms of the root, the one that does not subtract near-equals.
-    often = np.where(linear > 0, 2 * constant / np.maximum(linear + root, 1e-300), (root - linear) / (2 * row_s))
+    often = np.where(
+        linear > 0, 2 * constant / np.maximum(linear + root, 1e-300), (root - linear) / (2 * row_s)
+    )
     return np.where(seldom < 1, seldom, often)
 
 

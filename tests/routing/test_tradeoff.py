@@ -11,7 +11,9 @@ from plait.routing import (
     NETWORK_AND_COMPUTE,
     Front,
     ObjectiveName,
+    Router,
     RouteWish,
+    alternatives,
     check_chain,
     choose_chain,
     normalised_hypervolume,
@@ -71,7 +73,26 @@ def test_a_deadline_that_has_passed_leaves_the_shortest_chains() -> None:
     routed = choose_chain(view, range(40), wish, rng=rng, deadline=lambda: True)
     latency = choose_chain(view, range(40), RouteWish(mode="latency"), rng=rng)
     assert latency.chain in [member.chain for member in routed.front.members]
-    assert "no time" in routed.reasons[0]
+    assert "without time" in routed.reasons[0]
+
+
+def test_a_repair_takes_what_is_left_of_the_front() -> None:
+    view = random_swarm(np.random.default_rng(1), peers=60, blocks=80)
+    wish = RouteWish(mode="tradeoff", objectives=NETWORK_AND_COMPUTE, evaluations=600)
+    router, rng = Router(), np.random.default_rng(0)
+    first = router.choose(view, range(80), wish, rng=rng)
+    each = (frozenset({hop.peer}) for hop in first.chain)
+    lost = next(peers for peers in each if alternatives(first.front, peers))
+    left = alternatives(first.front, lost)
+    repaired = router.choose(view, range(80), wish, rng=rng, without=lost)
+    chains = [member.chain for member in repaired.front.members]
+    assert "left of the front" in repaired.reasons[0]
+    assert repaired.chain in chains and set(chains) <= {member.chain for member in left} | {
+        choose_chain(view, range(80), RouteWish(mode="latency"), rng=rng, without=lost).chain
+    }
+    # Of another part of the model nothing is known: that is searched for.
+    other = router.choose(view, range(10, 40), wish, rng=rng, without=lost)
+    assert "NSGA-II" in other.reasons[0]
 
 
 def test_a_deadline_ends_the_search_with_what_it_has() -> None:

@@ -58,9 +58,9 @@ def choose_chain(
     """Choose the chain that serves `blocks` for one request.
 
     `without`, `after`, `before`: see `Place`. `unannounced`: sessions that peers have and that their records do not
-    count yet, less those that are over and still count (mode `load`). `known`: a front to begin a search from (mode
-    `tradeoff`), such as the one of the view before. `deadline` says when time is up: a search then ends with what
-    it has, or with the shortest chains.
+    count yet, less those that are over and still count (mode `load`). `known`: a front (of the view before) whose
+    members a search of mode `tradeoff` begins with, or takes as they are if `without` says that a chain is to be
+    repaired. `deadline` says when time is up: a search then ends with what it has, or with the shortest chains.
 
     Raises:
         NoRoute: some block has no holder, or every chain of the front has more than `max_hops` hops.
@@ -69,7 +69,9 @@ def choose_chain(
     place = Place(blocks=blocks, without=without, after=after, before=before)
     graph = graph_of(view, place, wish)
     if has_front(wish):
-        return pick_from(front_of(graph, wish, rng=rng, known=known, deadline=deadline), wish, rng)
+        repairs = len(without) > 0
+        found = front_of(graph, wish, rng=rng, known=known, repairs=repairs, deadline=deadline)
+        return pick_from(found, wish, rng)
     return single_chain(view, graph, place, wish, rng=rng, unannounced=unannounced)
 
 
@@ -117,12 +119,17 @@ def front_of(
     *,
     rng: np.random.Generator,
     known: Front | None = None,
+    repairs: bool = False,
     deadline: Callable[[], bool] = lambda: False,
 ) -> FoundFront:
-    """The front of the wish's objectives: exact, or searched for in mode `tradeoff`."""
+    """The front of the wish's objectives: exact, or searched for in mode `tradeoff`.
+
+    `repairs`: a session waits for it, so that the members of a known front that are still chains are taken before a
+    new search.
+    """
     objectives = objectives_on(graph, wish.objectives, wish.need_tokens)
     if wish.mode == "tradeoff":
-        paths, values, how = _evolved(graph, objectives, wish, rng, known, deadline)
+        paths, values, how = _evolved(graph, objectives, wish, rng, known, repairs, deadline)
         exact = False
     else:
         paths, values, how, exact = _exact(graph, objectives, wish, deadline)
@@ -217,30 +224,29 @@ def _evolved(
     wish: RouteWish,
     rng: np.random.Generator,
     known: Front | None,
+    repairs: bool,
     deadline: Callable[[], bool],
 ) -> tuple[list[Path], Floats, str]:
     operators = PathOperators(graph, seconds_per_block(graph))
     table = PathValues(graph)
     numbers = {record.peer: number for number, record in enumerate(graph.records)}
     _, petals = shortest_path(graph, edges(graph, step_cost(graph, wish.need_tokens)))
-    old = [
-        operators.repair(numbers[hop.peer] for hop in member.chain if hop.peer in numbers)
-        for member in (known.members if known else ())
-    ]
-    seeds = [(path,) for path in dict.fromkeys([petals, *seed_paths(graph, objectives.costs), *old])]
+    chains = [member.chain for member in known.members] if known else []
+    old = [operators.repair(numbers[hop.peer] for hop in chain if hop.peer in numbers) for chain in chains]
+    left = [path for path, chain in zip(old, chains, strict=True) if graph.chain(path) == chain]
+    suffices = repairs and len(left) > 0
+    more = left if suffices else [*seed_paths(graph, objectives.costs), *old]
+    seeds = [(path,) for path in dict.fromkeys([petals, *more])]
 
     def evaluate(genomes: Sequence[tuple[Path, ...]]) -> Floats:
         return objectives.minimised(table.values(objectives.costs, [paths[0] for paths in genomes]))
 
-    if deadline():
+    if suffices or deadline():
         short = [seed for seed in seeds if len(seed[0]) <= wish.max_hops]
         values = evaluate(short) if short else np.empty((0, len(objectives.names)))
         rows = _kept(values)
-        return (
-            [short[row][0] for row in rows],
-            values[rows],
-            "shortest chains, as there was no time to search",
-        )
+        how = "what is left of the front" if suffices else "shortest chains, without time to search"
+        return [short[row][0] for row in rows], values[rows], how
 
     from plait.routing.evolution import SearchBudget, evolve_front  # imports pymoo: slow
 

@@ -86,12 +86,21 @@ class Router:
         found = self._fronts.get(key)
         if found is None:
             known = self._last_fronts.get(place.blocks)
-            found = front_of(graph, wish, rng=rng, known=known, deadline=deadline)
+            same = known is not None and known.objectives == wish.objectives
+            found = front_of(
+                graph,
+                wish,
+                rng=rng,
+                known=known if same else None,
+                repairs=len(place.without) > 0,
+                deadline=deadline,
+            )
             if not deadline():
                 self._fronts[key] = found
             if len(self._last_fronts) > MAX_KEPT:
                 self._last_fronts.clear()
-            self._last_fronts[place.blocks] = found.front
+            if not place.without:
+                self._last_fronts[place.blocks] = found.front
         return found
 
     def _unannounced(self, view: SwarmView) -> dict[PeerId, int]:

@@ -224,3 +224,20 @@ def test_a_model_that_only_the_gateway_has_comes_from_there(tmp_path: Path) -> N
         refused = it.join("lazy", "--weights", "cache")
         assert refused.wait() == 2
         assert "is not on this machine" in refused.errors.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_machines_come_back_to_a_gateway_that_was_started_again(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        first = Swarm(tmp_path, stack, "--blocks", "0:3")
+        first.join("back", "--blocks", "3:6").wait_for("ready:")
+        first.gateway.wait_for("ready:")
+        answer = first.chat(**GREEDY)["token_ids"]
+        first.gateway.signal(signal.SIGKILL)
+        first.gateway.wait()
+        again = Swarm(tmp_path, stack, "--blocks", "0:3")
+        again.gateway.wait_for("ready:")
+        assert again.chat(**GREEDY)["token_ids"] == answer
+        # The old ticket still lets machines in.
+        again.ticket = first.ticket
+        again.join("late", "--blocks", "3:6").wait_for("ready:")

@@ -1,12 +1,20 @@
 """Who a machine is in a swarm, and what it tells others to dial."""
 
+import socket
 import stat
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from plait.cli.swarm_setup import asked_blocks, member_options, own_secret, reaches_beyond, take_seat
+from plait.cli.swarm_setup import (
+    _listen_address,  # pyright: ignore[reportPrivateUsage]
+    asked_blocks,
+    member_options,
+    own_secret,
+    reaches_beyond,
+    take_seat,
+)
 from plait.errors import BadSetup
 from plait.settings import Settings, load_settings
 
@@ -41,7 +49,7 @@ def test_keys_are_for_their_owner_alone(settings: Settings, tmp_path: Path) -> N
     with take_seat(settings):
         own_secret(settings)
     files = [file for file in tmp_path.rglob("*") if file.is_file() and file.suffix != ".lock"]
-    assert len(files) == 2
+    assert len(files) == 2  # no port: nobody has listened
     assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in files)
     assert own_secret(settings).swarm == own_secret(settings).swarm
 
@@ -63,3 +71,23 @@ def test_blocks_are_read(text: str, blocks: object, tmp_path: Path) -> None:
 def test_loopback_is_known_from_what_others_reach() -> None:
     assert not reaches_beyond(("tls://127.0.0.1:7000", "tls://[::1]:7000"))
     assert reaches_beyond(("tls://127.0.0.1:7000", "tls://192.0.2.1:7000"))
+
+
+def test_a_seat_listens_where_it_did_before_if_it_can(settings: Settings) -> None:
+    def address() -> str:
+        with take_seat(settings) as seat:
+            return _listen_address(settings, seat)
+
+    first = address()
+    assert first.startswith("127.0.0.1:") and not first.endswith(":0")
+    assert address() == first
+    with socket.create_server(("127.0.0.1", int(first.rpartition(":")[2]))):
+        assert address() != first
+    with take_seat(settings), take_seat(settings) as second:
+        assert _listen_address(settings, second) != address()
+
+
+def test_a_port_that_was_asked_for_is_taken_as_it_is(tmp_path: Path) -> None:
+    asked = load_settings(flags={"swarm.folder": tmp_path, "swarm.listen": "0.0.0.0:7000"})
+    with take_seat(asked) as seat:
+        assert _listen_address(asked, seat) == "0.0.0.0:7000"

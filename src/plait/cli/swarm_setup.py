@@ -147,7 +147,7 @@ def make_node(
         seat.identity,
         secret=secret,
         carriers={"tls": TlsCarrier(seat.identity, secret)},
-        listen=[f"tls://{settings.swarm.listen}"],
+        listen=[f"tls://{_listen_address(settings, seat)}"],
         advertise=[f"tls://{address}" for address in settings.swarm.advertise],
         introducers=() if ticket is None else ticket.peers,
         rng=rng,
@@ -249,6 +249,42 @@ def reaches_beyond(addresses: tuple[str, ...]) -> bool:
     return any(
         not is_loopback(address.partition("://")[2].rpartition(":")[0].strip("[]")) for address in addresses
     )
+
+
+def _listen_address(settings: Settings, seat: Seat) -> str:
+    """Where to listen: port 0 is the free one that this seat had last time, so that tickets outlive a restart."""
+    host, _, port = settings.swarm.listen.rpartition(":")
+    if port != "0":
+        return settings.swarm.listen
+    file = swarm_folder(settings) / "identities" / f"{_plain(seat.name)}.port"
+    try:
+        last = int(file.read_text())
+    except (OSError, ValueError):
+        last = 0
+    chosen = _free_port(host, last) or _free_port(host, 0)
+    if chosen not in (0, last):
+        try:
+            file.write_text(f"{chosen}\n")
+        except OSError as error:
+            raise BadSetup(f"{str(file)!r} cannot be written: {error.strerror}") from error
+    return f"{host}:{chosen}"
+
+
+def _free_port(host: str, port: int) -> int:
+    """This port if nobody listens there, any free one for 0; 0 if there is none."""
+    if not 0 <= port < 65536:
+        return 0
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host.strip("[]"), port, type=socket.SOCK_STREAM
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            bound: int = probe.getsockname()[1]
+    except OSError:
+        return 0  # whoever listens in earnest says what is wrong
+    return bound
 
 
 def _joined_file(settings: Settings, swarm: str) -> Path:

@@ -35,6 +35,8 @@ def test_links_and_paths_of_documents_exist(document: Path) -> None:
     "document", sorted((REPOSITORY / "docs" / "systems").glob("*.md")), ids=lambda path: path.name
 )
 def test_code_that_a_system_page_names_exists(document: Path) -> None:
-    named = re.findall(r"`((?:scheduling|kvcache|engine|gateway|worker|routing|placement)/\w+\.py)`", document.read_text())
+    named = re.findall(
+        r"`((?:scheduling|kvcache|engine|gateway|worker|routing|placement)/\w+\.py)`", document.read_text()
+    )
     assert named
     assert not [path for path in named if not (REPOSITORY / "src" / "plait" / path).exists()]

@@ -4,12 +4,15 @@ Everything is decided before anything runs, but for two things, because a fault 
 fault strikes when so many tokens have been given out (and a moment later), and its victim is drawn by number
 (`Fault.draw`) among those that carry a session then.
 
+In a third of the schedules all faults are of one kind, which shows what that kind costs by itself.
+
 In three of five schedules some machines that together hold the whole model are `sheltered`: they are slowed, frozen and
 cut off for a while like all others, but never lost. Then every request must get its answer. In the rest a request may
 end with an error, since all holders of a block may be gone for good.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
@@ -60,6 +63,12 @@ kill_gateway, freeze_gateway   as above, the machine that the requests come to
 """
 LETHAL: frozenset[FaultKind] = frozenset({"kill", "vanish", "lie", "break", "leave"})
 """A machine may be lost to its sessions for good by these."""
+HARMLESS: frozenset[FaultKind] = frozenset({"duplicate", "replay"})
+"""What is said twice is to change nothing at all."""
+PROMPT: frozenset[FaultKind] = frozenset(
+    {*HARMLESS, "kill", "vanish", "freeze", "cut", "lie", "break", "leave"}
+)
+"""These are noticed as soon as heartbeats or the messages themselves show them; others may wait for a deadline."""
 DISHONEST: frozenset[FaultKind] = frozenset({"lie"})
 """Who does this may be cut off for it, and nobody else may."""
 
@@ -84,13 +93,19 @@ _WEIGHTS: dict[FaultKind, float] = {
 }
 _KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
 _SHELTERED_FRACTION = 0.6
+_THEMED_FRACTION = 1 / 3
 _TIGHT_FRACTION = 0.3
 _AT_ONCE_FRACTION = 0.35
+_DURATIONS_S = (0.3, 2.0, 6.0, 12.0)
+SLOWEST_LINK_S = 5.0
+"""What is sent has come by then, also over a slow link."""
+_SLOW_LINKS_S = (0.3, 3.0)
+_SLOW_NODES = (5.0, 100.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachinePlan:
-    """One worker: its span, when it joins, and how long its steps take."""
+    """One worker: its span, when it joins, how long its steps take, and what it has room for."""
 
     name: str
     blocks: range
@@ -99,6 +114,8 @@ class MachinePlan:
     token_s: float
     kv_blocks: int
     swap_blocks: int
+    step_tokens: int
+    kept_bytes: int
     sheltered: bool
 
 
@@ -166,7 +183,7 @@ def draw_schedule(seed: int) -> FaultSchedule:
 
 
 def _draw_request(rng: np.random.Generator) -> RequestPlan:
-    prompt_tokens = int(rng.choice([1, 5, 20, 60, 600], p=[0.1, 0.3, 0.35, 0.2, 0.05]))
+    prompt_tokens = int(rng.choice([1, 5, 20, 60, 600, 900], p=[0.1, 0.2, 0.25, 0.25, 0.1, 0.1]))
     gives_up_s = float(rng.uniform(0, 5)) if rng.random() < 0.12 else math.inf
     return RequestPlan(
         arrives_s=float(rng.uniform(0, 4)),
@@ -196,6 +213,9 @@ def _draw_machines(
     )
     needed_blocks = -(-longest_tokens // KV_BLOCK_TOKENS) + 1
     step_s = float(rng.choice([0.002, 0.02, 0.05]))
+    # A prompt takes several steps, but not so many that no token comes in time.
+    step_tokens = max(int(rng.choice([16, 64, 256])), longest_tokens // 12)
+    kept_bytes = int(rng.choice([256, 1 << 30], p=[0.25, 0.75]))
 
     def machine(name: str, blocks: range, *, joins_s: float = 0.0, sheltered: bool = False) -> MachinePlan:
         return MachinePlan(
@@ -206,6 +226,8 @@ def _draw_machines(
             token_s=float(rng.choice([0.0, 0.0005])),
             kv_blocks=needed_blocks * (2 if tight else 8),
             swap_blocks=needed_blocks if rng.random() < 0.2 else 0,
+            step_tokens=step_tokens,
+            kept_bytes=kept_bytes,
             sheltered=sheltered,
         )
 
@@ -227,6 +249,8 @@ def _draw_faults(rng: np.random.Generator, requests: tuple[RequestPlan, ...]) ->
     weights: NDArray[np.float64] = np.array([_WEIGHTS[kind] for kind in _KINDS])
     weights /= weights.sum()
     expected_tokens = sum((request.sampling.max_tokens or 0) // 2 for request in requests)
+    themed = bool(rng.random() < _THEMED_FRACTION)
+    theme = _KINDS[int(rng.integers(len(_KINDS)))]
     faults: list[Fault] = []
     after_tokens, delay_s = 0, 0.0
     for number in range(int(rng.integers(1, 6))):
@@ -235,15 +259,19 @@ def _draw_faults(rng: np.random.Generator, requests: tuple[RequestPlan, ...]) ->
         else:
             after_tokens = int(rng.integers(0, expected_tokens + 1))
             delay_s = float(rng.exponential(0.05 if after_tokens else 1.0))
-        kind = _KINDS[int(rng.choice(len(_KINDS), p=weights))]
+        kind = theme if themed else _KINDS[int(rng.choice(len(_KINDS), p=weights))]
         faults.append(
             Fault(
                 kind=kind,
                 after_tokens=after_tokens,
                 delay_s=delay_s,
-                duration_s=float(rng.choice([0.3, 2.0, 6.0, 12.0]) * rng.uniform(0.5, 1.5)),
-                strength=float(rng.choice([0.3, 3.0]) if kind == "slow_link" else rng.choice([5.0, 100.0])),
+                duration_s=_one_of(rng, _DURATIONS_S) * float(rng.uniform(0.5, 1.5)),
+                strength=_one_of(rng, _SLOW_LINKS_S if kind == "slow_link" else _SLOW_NODES),
                 draw=int(rng.integers(2**32)),
             )
         )
     return tuple(faults)
+
+
+def _one_of(rng: np.random.Generator, values: Sequence[float]) -> float:
+    return values[int(rng.integers(len(values)))]

@@ -131,13 +131,13 @@ class FaultyNetwork(Network):
                     case 2, np.ndarray():
                         return peer, message, (rows[:-1].tobytes(),)
                     case 3, _:
-                        return peer, replace(message, start=message.start + 1), tensors
+                        return peer, replace(message, start=message.start + 10**4), tensors
                     case _:
                         return peer, replace(message, token_ids=(10**6, *message.token_ids[1:])), tensors
             case Tokens():
                 match int(self.rng.integers(3)):
                     case 0:
-                        return peer, replace(message, position=message.position + 1), tensors
+                        return peer, replace(message, position=message.position + 10**4), tensors
                     case 1:
                         return peer, replace(message, token_ids=(10**6, *message.token_ids[1:])), tensors
                     case _:

@@ -24,7 +24,8 @@ UNIX_S = 1.8e9
 ANNOUNCE_S = 5.0
 DRAIN_S = 20.0
 SECRET = SwarmSecret(bytes(range(32)))
-WORKER_OPTIONS = SpanWorkerOptions(lease_s=90.0, grace_s=12.0)
+LEASE_S = 90.0
+GRACE_S = 12.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +190,7 @@ class WorkerMachine(Machine):
             plan.blocks,
             kv_blocks=plan.kv_blocks,
             swap_blocks=plan.swap_blocks,
+            step_tokens=plan.step_tokens,
             engine_class=WatchedSpanEngine,
         )
         self.engine.violate = lambda text: observer.violate(f"{self.name}: {text}")
@@ -197,7 +199,7 @@ class WorkerMachine(Machine):
             self.engine,
             model=hash_model().fingerprint,
             run_step=self._run_step,
-            options=WORKER_OPTIONS,
+            options=SpanWorkerOptions(lease_s=LEASE_S, grace_s=GRACE_S, kept_bytes=plan.kept_bytes),
         )
 
     @property

@@ -6,7 +6,9 @@ What is checked, at every event that could break it:
 - a position is computed once in an epoch, and nobody touches an engine while it computes;
 - KV blocks and kept inputs are held by those who should hold them (`SpanEngine.check`), chains are chains
   (`SwarmEngine.check`);
-- only who lied is cut off; nothing is logged as an error but what was caused on purpose.
+- only who lied is cut off; nothing is logged as an error but what was caused on purpose;
+- messages that are said twice change nothing: no session begins another epoch;
+- where an unharmed chain is there all the time, what is lost is noticed by heartbeats and not by deadlines.
 
 And at the end: every request has its tokens, or an error that says why (an error only where the schedule allows for
 it); no worker has a session, a KV block or a task left; nothing waits for ever (`Deadlock`, `Livelock`, and requests or
@@ -29,7 +31,10 @@ from plait.ids import PeerId, RequestId, SessionId
 from plait.session import GenerationRequest, SessionTimes
 from plait.simulator.fault_schedule import (
     DISHONEST,
+    HARMLESS,
     LETHAL,
+    PROMPT,
+    SLOWEST_LINK_S,
     Fault,
     FaultKind,
     FaultSchedule,
@@ -38,10 +43,10 @@ from plait.simulator.fault_schedule import (
 )
 from plait.simulator.faulty_network import Mischief
 from plait.simulator.hash_model import MODEL_BLOCKS, true_answer
-from plait.simulator.machine import WORKER_OPTIONS, GatewayMachine, Machine, Observer, WorkerMachine
+from plait.simulator.machine import GRACE_S, LEASE_S, GatewayMachine, Machine, Observer, WorkerMachine
 from plait.simulator.virtual_loop import VirtualLoop, place_of, run_virtual
-from plait.transport import MemoryNet, TicketPeer, Wire
-from plait.wire import Fence, Message, OpenSession, Step, Tokens
+from plait.transport import MemoryNet, NetworkLimits, TicketPeer, Wire
+from plait.wire import Fence, Message, OpenSession, Resume, Step, Tokens
 from plait.worker import SwarmOptions
 
 TIMES = SessionTimes(opening_s=30.0, answer_s=5.0, token_s=8.0, recovery_s=40.0)
@@ -49,9 +54,14 @@ STARTED_BY_S = 30.0
 """When all machines of the beginning must be there."""
 ENDED_BY_S = 400.0
 """After the last fault: no session may go on without a token for so long (24 rounds of `TIMES.token_s`, and more)."""
-FREED_BY_S = WORKER_OPTIONS.lease_s + WORKER_OPTIONS.grace_s + 30.0
+FREED_BY_S = LEASE_S + GRACE_S + 30.0
+FREED_SOON_S = 3.0
 LEFT_BY_S = 30.0
+NOTICED_BY_S = NetworkLimits().dead_after_s + 1.0
+"""A machine that vanishes, by heartbeats; the rest is the way there and back, and the step that runs meanwhile."""
 _RECENT_S = 10.0
+_JOINED_S = 2.0
+"""Until all have heard of a machine that joins: a hop that has not is told of a peer that it cannot reach."""
 _GATEWAY = "gateway"
 
 Ending = Literal["answered", "failed", "cancelled", "lost with its gateway", "never ended"]
@@ -68,10 +78,16 @@ class RequestReport:
 
 @dataclass(slots=True, kw_only=True)
 class Recovery:
-    """A session that went on in a new epoch: the time without a token, and the faults that struck just before."""
+    """A session that went on in a later epoch, and the faults that struck in the seconds before.
 
-    stall_s: float
+    `noticed_s`: from the latest of these faults until the gateway began the new epoch; `gathered_s`: from there until
+    it told the hops to go on; `stalled_s`: from the token before to the token after.
+    """
+
     after: tuple[FaultKind, ...]
+    noticed_s: float
+    gathered_s: float
+    stalled_s: float
 
 
 @dataclass(slots=True, kw_only=True)
@@ -124,6 +140,8 @@ class Trial:
         self._names: dict[PeerId, str] = {}
         self._liars: set[str] = set()
         self._struck: list[tuple[float, FaultKind]] = []
+        self._harmed: set[str] = set()
+        self._joined_s = 0.0
         self._undo: dict[int, Callable[[], None]] = {}
         self._broken = False
         self._over = False
@@ -131,8 +149,7 @@ class Trial:
         self._to_come = list(enumerate(self.schedule.faults))
         self._last_fault_s = 0.0
         self._origin_s = 0.0
-        # Of sessions: the epoch of the latest tokens, and when those came.
-        self._flowing: dict[SessionId, tuple[int, float]] = {}
+        self._flows: dict[SessionId, _Flow] = {}
 
     def violate(self, text: str) -> None:
         """Something happened that never should."""
@@ -200,7 +217,7 @@ class Trial:
             if not plan.joins_s:
                 self._join(plan)
         async with asyncio.timeout(STARTED_BY_S):
-            while len(self._gateway.engine.lookout.view().records) <= len(self._machines):
+            while any(len(machine.membership.records()) < len(self._all) for machine in self._all):
                 await asyncio.sleep(0.1)
 
     def _join(self, plan: MachinePlan) -> None:
@@ -210,6 +227,8 @@ class Trial:
         earlier = next((machine for machine in self._machines.values() if not machine.dead), None)
         if earlier is not None:
             introducers += (TicketPeer(earlier.peer, (earlier.address,)),)
+        if self._origin_s:
+            self._joined_s = self._loop.time()
         machine = WorkerMachine(
             plan,
             self._net,
@@ -242,8 +261,18 @@ class Trial:
     # -- what is seen ------------------------------------------------------------------------------------
 
     def _on_send(self, machine: Machine, peer: PeerId, message: Message) -> None:
-        if machine is self._gateway and isinstance(message, OpenSession | Fence):
-            self._flowing.setdefault(message.session, (message.epoch, self._loop.time()))
+        if machine is not self._gateway:
+            return
+        now_s = self._loop.time()
+        match message:
+            case OpenSession() | Fence():
+                flow = self._flows.setdefault(message.session, _Flow(message.epoch, now_s))
+                if message.epoch > flow.epoch and flow.began_s is None:
+                    flow.began_s = now_s
+            case Resume():
+                self._flows[message.session].gathered_s = now_s
+            case _:
+                pass
 
     def _on_hear(self, machine: Machine, peer: PeerId, message: Message) -> None:
         session = getattr(message, "session", "")
@@ -266,14 +295,36 @@ class Trial:
 
     def _see_tokens(self, tokens: Tokens) -> None:
         now_s = self._loop.time()
-        epoch, since_s = self._flowing.get(tokens.session, (tokens.epoch, now_s))
-        if tokens.epoch > epoch:
-            after: tuple[FaultKind, ...] = tuple(
-                kind for struck_s, kind in self._struck if struck_s >= since_s - _RECENT_S
+        flow = self._flows[tokens.session]
+        if tokens.epoch > flow.epoch and flow.began_s is not None:
+            began_s = flow.began_s
+            recent = [fault for fault in self._struck if flow.token_s - _RECENT_S <= fault[0] <= began_s]
+            recovery = Recovery(
+                after=tuple(kind for _, kind in recent),
+                noticed_s=began_s - max((struck_s for struck_s, _ in recent), default=began_s),
+                gathered_s=flow.gathered_s - began_s,
+                stalled_s=now_s - flow.token_s,
             )
-            self.report.recoveries.append(Recovery(stall_s=now_s - since_s, after=after))
-        if tokens.epoch >= epoch:
-            self._flowing[tokens.session] = tokens.epoch, now_s
+            self.report.recoveries.append(recovery)
+            self.note(f"session {tokens.session[:6]} recovered: {recovery}")
+            self._check_recovery(recovery, began_s)
+            flow.began_s = None
+        if tokens.epoch >= flow.epoch:
+            flow.epoch, flow.token_s = tokens.epoch, now_s
+
+    def _check_recovery(self, recovery: Recovery, began_s: float) -> None:
+        if began_s - self._joined_s < _JOINED_S:
+            return
+        kinds = set(self.report.struck)
+        if kinds <= HARMLESS:
+            self.violate(f"a session began another epoch after {sorted(kinds)}")
+        spared = [plan.name for plan in self.schedule.machines if plan.sheltered]
+        unharmed = bool(spared) and not self._harmed & set(spared) and not self.schedule.tight
+        if unharmed and kinds <= PROMPT:
+            if recovery.noticed_s > NOTICED_BY_S:
+                self.violate(f"a loss was noticed after {recovery.noticed_s:.2f} s: {recovery.after}")
+            if recovery.gathered_s > NOTICED_BY_S * len(recovery.after):
+                self.violate(f"a chain was gathered in {recovery.gathered_s:.2f} s: {recovery.after}")
 
     def _on_drop(self, machine: Machine, peer: PeerId, reason: str) -> None:
         self.note(f"{machine.name} cuts off {self._name(peer)}: {reason}")
@@ -368,6 +419,8 @@ class Trial:
         self.report.struck[fault.kind] += 1
         now_s = self._loop.time()
         self._struck.append((now_s, fault.kind))
+        if fault.kind not in HARMLESS:
+            self._harmed.add(victim.name)
         self._last_fault_s = max(self._last_fault_s, now_s + fault.duration_s)
         undo = self._hurt(victim, fault)
         if undo is not None:
@@ -485,12 +538,15 @@ class Trial:
 
     async def _see_freed(self) -> None:
         """No worker keeps anything of a session that has ended."""
-        deadline_s = self._loop.time() + FREED_BY_S
-        while any(machine.worker.sessions for machine in self._living()):
-            if self._loop.time() > deadline_s:
-                break
+        kinds = set(self.report.struck)
+        deadline_s = self._loop.time() + (FREED_SOON_S if kinds <= HARMLESS else FREED_BY_S)
+        # What was sent over a slow link may open a session later, and close it later still.
+        quiet_s = SLOWEST_LINK_S if "slow_link" in kinds else 1.0
+        free_since_s = self._loop.time()
+        while self._loop.time() < min(deadline_s, free_since_s + quiet_s):
             await asyncio.sleep(0.2)
-        await asyncio.sleep(2.0)  # a step may still be running, and what it was of is closed after it
+            if any(machine.worker.sessions for machine in self._living()):
+                free_since_s = self._loop.time()
         for machine in self._living():
             load = machine.engine.load()
             if machine.worker.sessions or load.sessions:
@@ -524,6 +580,16 @@ class Trial:
         for machine in living:
             for task in self._loop.unfinished(machine.process):
                 self.violate(f"{machine.name} left a task behind: {place_of(task)}")
+
+
+@dataclass(slots=True)
+class _Flow:
+    """A session as its gateway sees it: the epoch and time of its latest tokens, and how far the next epoch is."""
+
+    epoch: int
+    token_s: float
+    began_s: float | None = None
+    gathered_s: float = 0.0
 
 
 class _Listener(logging.Handler):

@@ -1,5 +1,6 @@
 """The swarm on the web page, in headless Chromium against real machines on one event loop."""
 
+import json
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 from browsing import DESK, NOISE, PHONE, ask, in_browser, quiet_console
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 from small_swarm import SmallSwarm
 
 from plait.gateway import GatewayOptions, hash_api_key
@@ -190,3 +191,28 @@ def test_what_machines_call_themselves_is_text(
         page = open_page(site.serve(swarm.gateway.engine, HOME, desk=swarm.gateway))
         expect(page.locator(".machine-name", has_text=name)).to_be_visible(timeout=30_000)
         assert page.locator("#swarm img").count() == 0 and page.evaluate("window.bad ?? null") is None
+
+
+@in_browser
+def test_a_swarm_of_many_machines_is_cut_to_a_list_that_can_be_read(
+    open_page: Callable[..., Page], swarm_origin: str, swarm: SmallSwarm
+) -> None:
+    status = dict(swarm.gateway.status())
+    machines: list[dict[str, Any]] = status["machines"]
+    one = next(machine for machine in machines if machine["name"] == "one")
+    many = [{**one, "peer": f"{number:064x}", "name": f"m{number:03}"} for number in range(150)]
+    body = json.dumps({**status, "machines": many, "links": [], "tokens_per_s": 0})
+    asked: list[str] = []
+
+    def answer(route: Route) -> None:
+        asked.append(route.request.url)
+        route.fulfill(body=body, content_type="application/json")
+
+    page = open_page("about:blank")
+    page.route("**/swarm/status*", answer)
+    page.goto(swarm_origin)
+    expect(page.locator(".machine")).to_have_count(100, timeout=30_000)
+    expect(page.locator("#machines-more")).to_have_text("and 50 more; plait status lists them all")
+    expect(page.locator("#swarm-summary")).to_contain_text("6 blocks on 150 machines")
+    page.wait_for_timeout(3000)  # looks that it would have taken at a small swarm
+    assert len(asked) <= 2 and all("max_links=8" in url for url in asked)

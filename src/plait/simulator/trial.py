@@ -545,7 +545,7 @@ class Trial:
         free_since_s = self._loop.time()
         while self._loop.time() < min(deadline_s, free_since_s + quiet_s):
             await asyncio.sleep(0.2)
-            if any(machine.worker.sessions for machine in self._living()):
+            if any(machine.worker.sessions or machine.engine.computing for machine in self._living()):
                 free_since_s = self._loop.time()
         for machine in self._living():
             load = machine.engine.load()

@@ -21,6 +21,7 @@ LAYERS = (
     {"scheduling"},
     {"kvcache"},
     {"session"},
+    {"costs"},
     {"wire"},
     {"cluster"},
     {"model", "workload"},

@@ -14,6 +14,8 @@ ServingError
 │   ├── PeerLost         another machine is gone or silent; the session goes on without it
 │   └── BadFrame         bytes that the swarm's protocol does not allow
 └── BadSetup        settings, weights or hardware do not fit    exit code 2
+    ├── MissingCost      nothing says what this would cost
+    └── OutsideDomain    it is larger than everything that was measured
 
 A message says what, where, and what to do. The class says whose fault it is, hence who retries.
 """
@@ -89,3 +91,11 @@ class BadFrame(EngineFailure):
 
 class BadSetup(ServingError):
     """Settings, weights or hardware do not fit together; nothing was started."""
+
+
+class MissingCost(BadSetup):
+    """No figure or measurement says what a part of the work would cost; the message names the part."""
+
+
+class OutsideDomain(BadSetup):
+    """Work beyond what was measured, where nobody allowed extrapolation; the message says in which quantity."""

@@ -1,0 +1,108 @@
+"""The first of the cost models: an operation takes as long as its arithmetic or its memory traffic, whichever is more.
+
+    seconds of an operation = max(flops / (peak * e(rows)), bytes / (bandwidth * e)) + launch
+
+with the efficiencies `e` of the device, measured at a few shapes or assumed (`Efficiency`). A lower bound where they
+are 1. Williams, Waterman and Patterson 2009.
+"""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+from plait.costs.devices import Device
+from plait.costs.model import NO_OVERHEAD, HostOverhead
+from plait.costs.shape import OperationWork, SpanShape
+from plait.costs.work import StepWork
+from plait.errors import BadSetup, MissingCost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Efficiency:
+    """Which part of a device's published peaks operations reach.
+
+    `compute_fractions` at `rows` rows of a product, blended between them and constant outside.
+    """
+
+    rows: tuple[int, ...] = (1,)
+    compute_fractions: tuple[float, ...] = (1.0,)
+    bandwidth_fraction: float = 1.0
+    launch_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (
+            not self.rows
+            or len(self.rows) != len(self.compute_fractions)
+            or list(self.rows) != sorted(self.rows)
+        ):
+            raise BadSetup("an efficiency has as many fractions as rows, and its rows ascend")
+        if not all(0 < fraction <= 1 for fraction in (*self.compute_fractions, self.bandwidth_fraction)):
+            raise BadSetup("an efficiency is a fraction above 0 and up to 1")
+
+    def compute_fraction(self, rows: int) -> float:
+        """Of the peak, for a product of so many rows."""
+        place = bisect_right(self.rows, rows)
+        if place == 0 or place == len(self.rows):
+            return self.compute_fractions[max(place - 1, 0)]
+        low, high = self.rows[place - 1], self.rows[place]
+        part = (rows - low) / (high - low)
+        return self.compute_fractions[place - 1] * (1 - part) + self.compute_fractions[place] * part
+
+
+PERFECT = Efficiency()
+ASSUMED = Efficiency(bandwidth_fraction=0.8, compute_fractions=(0.8,))
+"""What vendors' libraries reach at large shapes on data-centre GPUs; an assumption wherever nothing was measured."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RooflineCosts:
+    """The `CostModel` of a span on a device, by arithmetic alone."""
+
+    shape: SpanShape
+    device: Device
+    efficiency: Efficiency = ASSUMED
+    host: HostOverhead = NO_OVERHEAD
+
+    def __post_init__(self) -> None:
+        if self.shape.formats.compute not in self.device.flops_per_s:
+            raise MissingCost(
+                f"there is no peak of {self.device.name!r} for {self.shape.formats.compute!r} arithmetic; known are "
+                f"{', '.join(self.device.flops_per_s)}"
+            )
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.shape.weight_bytes
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self.shape.kv_bytes_per_token
+
+    @property
+    def hidden_bytes_per_token(self) -> int:
+        return self.shape.hidden_bytes_per_token
+
+    @property
+    def idle_watts(self) -> float:
+        return self.device.power.idle_watts
+
+    @property
+    def extrapolated_steps(self) -> int:
+        return 0
+
+    def step_s(self, work: StepWork) -> float:
+        return sum(self.operation_s(operation) for operation in self.shape.operations(work))
+
+    def host_s(self, work: StepWork) -> float:
+        return self.host.of(work)
+
+    def energy_j(self, work: StepWork) -> float:
+        operations = self.shape.operations(work)
+        busy_s = sum(self.operation_s(operation) for operation in operations)
+        return self.device.power.step_j(busy_s, sum(operation.bytes for operation in operations))
+
+    def operation_s(self, operation: OperationWork) -> float:
+        """Seconds of one operation."""
+        peak = self.device.flops_per_s[self.shape.formats.compute]
+        compute_s = operation.flops / (peak * self.efficiency.compute_fraction(operation.rows))
+        bandwidth = self.device.bandwidth_bytes_per_s * self.efficiency.bandwidth_fraction
+        return max(compute_s, operation.bytes / bandwidth) + self.efficiency.launch_s

@@ -18,7 +18,7 @@ from small_swarms import (
 )
 
 from plait.cluster import PeerLoad, PeerRates, PeerRecord, SwarmView, random_swarm
-from plait.routing import RouteWish, check_chain, choose_chain
+from plait.routing import RouteWish, check_chain, choose_chain, expected_round_s
 from plait.routing.graph import chain_graph
 from plait.routing.load import HOP_OVERHEAD_S, least_loaded_round
 
@@ -191,3 +191,15 @@ def test_sessions_that_are_not_announced_yet_count() -> None:
         )
         assert routed.chain[0].peer != busy
         assert math.isfinite(routed.expected_step_s)
+
+
+def test_any_chain_has_the_round_that_mode_load_would_give_it() -> None:
+    for seed in range(6):
+        view = random_swarm(np.random.default_rng(seed), peers=12, blocks=24)
+        rng = np.random.default_rng(seed)
+        best = choose_chain(view, range(24), RouteWish(), rng=rng)
+        assert expected_round_s(view, best.chain) == pytest.approx(best.expected_step_s, rel=1e-12)
+        least_s, _ = least_round(view, 0)
+        for mode in ("latency", "throughput"):
+            routed = choose_chain(view, range(24), RouteWish(mode=mode), rng=rng)
+            assert expected_round_s(view, routed.chain) >= least_s * (1 - 1e-12)

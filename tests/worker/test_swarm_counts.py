@@ -1,7 +1,9 @@
 """What a gateway counts of its sessions: by state, through which machines, and what a failover computed again."""
 
 import asyncio
+import logging
 
+import pytest
 from swarm_rig import Answer, cut_at, some_prompt, swarm, tiny_request
 
 from plait.simulator import run_virtual
@@ -55,3 +57,16 @@ def test_nothing_is_replayed_where_nothing_is_lost() -> None:
             assert set(counts.tokens_by_peer.values()) == {TOKENS}
 
     run_virtual(run())
+
+
+def test_the_log_says_which_machines_serve_a_request(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "plait.worker.swarm_engine")
+
+    async def run() -> list[str]:
+        async with swarm(cut_at(2, 4)) as rig:
+            await rig.ask(tiny_request("asked", PROMPT, TOKENS))
+            return [rig.hosts[name].peer[:8] for name in ("a", "b", "c")]
+
+    first, second, third = run_virtual(run())
+    (line,) = [line for line in caplog.messages if "request=asked" in line]
+    assert f"mode=load chain={first}[0:2],{second}[2:4],{third}[4:6] expected_s=" in line

@@ -103,8 +103,8 @@ def _routed_in_file(file: Path, wish: Mapping[str, object], need_tokens: int, se
 def _print_routed(routed: Mapping[str, Any]) -> None:
     chain, front = routed["chain"], routed["front"]
     say(f"{routed['mode']}: {_chain_text(chain)}")
-    if routed["expected_step_s"] is not None:
-        say(f"expected time for each token: {format_s(routed['expected_step_s'])}")
+    if routed["expected_round_s"] is not None:
+        say(f"expected time for each token: {format_s(routed['expected_round_s'])}")
     say(f"chosen in {format_s(routed['route_s'])}")
     for reason in routed["reasons"]:
         say(f"  {reason}")

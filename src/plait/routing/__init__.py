@@ -29,7 +29,7 @@ from plait.routing.costs import DEFAULT_DECODE_TOKENS_PER_S
 from plait.routing.describe import routed_fields
 from plait.routing.graph import delays_s
 from plait.routing.joint import Assignment, JointFront, JointObjectiveName, assign_chains
-from plait.routing.load import HOP_OVERHEAD_S
+from plait.routing.load import HOP_OVERHEAD_S, expected_round_s
 from plait.routing.objectives import LATENCY_AND_THROUGHPUT, NETWORK_AND_COMPUTE, ObjectiveName
 from plait.routing.pareto import hypervolume, nondominated, normalised_hypervolume
 from plait.routing.picks import (
@@ -74,6 +74,7 @@ __all__ = [
     "check_chain",
     "choose_chain",
     "delays_s",
+    "expected_round_s",
     "hypervolume",
     "nondominated",
     "normalised_hypervolume",

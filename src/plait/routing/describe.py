@@ -5,17 +5,20 @@ from typing import Any
 
 from plait.cluster import SwarmView
 from plait.routing.chain import Chain, Routed
+from plait.routing.load import expected_round_s
 
 
 def routed_fields(routed: Routed, view: SwarmView) -> dict[str, Any]:
-    """Mode, chain, expected time, reasons and front.
+    """Mode, chain, expected times, reasons and front.
 
-    What is not finite is null; machines have their names beside their ids.
+    `expected_step_s` is what the mode counts (PETALS' modes: PETALS' data path), `expected_round_s` what a token over
+    this chain takes here. What is not finite is null; machines have their names beside their ids.
     """
     return {
         "mode": routed.mode,
         "chain": _chain_fields(routed.chain, view),
         "expected_step_s": _finite(routed.expected_step_s),
+        "expected_round_s": _finite(expected_round_s(view, routed.chain)),
         "reasons": list(routed.reasons),
         "front": {
             "objectives": list(routed.front.objectives),

@@ -25,9 +25,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from plait.cluster import SwarmView
 from plait.ids import PeerId
+from plait.routing.chain import Chain
 from plait.routing.costs import CACHE_PENALTY_S, SumCost, cache_is_short, seconds_per_block
-from plait.routing.graph import ChainGraph, Floats
+from plait.routing.graph import ChainGraph, Floats, chain_graph
 from plait.routing.path_values import PathValues
 from plait.routing.sweep import Path, edges, shortest_path, ways_to_go
 
@@ -64,6 +66,18 @@ def least_loaded_round(
         graph, replace(cost, arrive=cost.arrive * factor, per_block=cost.per_block * factor), closing_s
     )
     return _round_s(graph, cost, path, closing_s), path
+
+
+def expected_round_s(view: SwarmView, chain: Chain) -> float:
+    """Expected seconds of a decoding round over a chain of the whole model, whichever mode chose it: what a client
+    waits for each token, given the sessions that the machines announce."""
+    graph = chain_graph(view, range(view.model_blocks), either_way=True, early_exits=True)
+    numbers = {(record.peer, int(graph.end[number])): number for number, record in enumerate(graph.records)}
+    path = tuple(numbers[hop.peer, hop.span.stop] for hop in chain)
+    closing_s = closing_delays_s(graph)
+    idle_s, _ = shortest_round(graph, load_cost(graph, 0, np.zeros(graph.servers), round_s=1.0), closing_s)
+    announced = np.array([record.load.sessions for record in graph.records], dtype=np.float64)
+    return _round_s(graph, load_cost(graph, 0, announced, round_s=idle_s), path, closing_s)
 
 
 def load_cost(graph: ChainGraph, need_tokens: int, sessions: Floats, *, round_s: float) -> SumCost:

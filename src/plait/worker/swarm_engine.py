@@ -30,7 +30,7 @@ from plait.engine import (
 )
 from plait.errors import BadSetup, EngineFailure, NoCapacity, NotReady, ServingError
 from plait.ids import PeerId, RequestId, SessionId
-from plait.routing import Router, RouteWish, wish_of_fields
+from plait.routing import Routed, Router, RouteWish, wish_of_fields
 from plait.session import (
     Ban,
     ChainSession,
@@ -404,12 +404,22 @@ class SwarmEngine:
 
         async def find_hops(wanted: FindRoute) -> tuple[ChainHop, ...]:
             nonlocal route
-            hops = await self._find_hops(wanted, route)
+            began_s = self._loop.time()
+            routed = await self._find_chain(wanted, route)
+            log.info(
+                "session=%s request=%s mode=%s chain=%s expected_s=%.4f found_in_s=%.4f",
+                wish.id[:12],
+                running.live.request.id,
+                routed.mode,
+                ",".join(f"{hop.peer[:8]}[{hop.span.start}:{hop.span.stop}]" for hop in routed.chain),
+                routed.expected_step_s,
+                self._loop.time() - began_s,
+            )
             if route.mode == "pinned":
                 # From here on, if a pinned peer is lost: whoever can take its place.
                 route = replace(route, mode="load", pinned=())
             running.live.scheduled_s = running.live.scheduled_s or self._loop.time()
-            return hops
+            return tuple(ChainHop(hop.peer, hop.span.start, hop.span.stop) for hop in routed.chain)
 
         def on_end(error: ServingError | None) -> None:
             self._forget(driver)
@@ -463,12 +473,12 @@ class SwarmEngine:
 
     # -- routes -------------------------------------------------------------------------------------------
 
-    async def _find_hops(self, wanted: FindRoute, route: RouteWish) -> tuple[ChainHop, ...]:
+    async def _find_chain(self, wanted: FindRoute, route: RouteWish) -> Routed:
         view = self.lookout.view()
         deadline_s = self._loop.time() + self.options.route_s
 
-        def choose() -> tuple[ChainHop, ...]:
-            routed = self._router.choose(
+        def choose() -> Routed:
+            return self._router.choose(
                 view,
                 wanted.blocks,
                 route,
@@ -478,7 +488,6 @@ class SwarmEngine:
                 before=wanted.before,
                 deadline=lambda: self._loop.time() > deadline_s,
             )
-            return tuple(ChainHop(hop.peer, hop.span.start, hop.span.stop) for hop in routed.chain)
 
         async with self._routing:
             # A front may take as long as `route_s`, everything else a few milliseconds.

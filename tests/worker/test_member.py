@@ -230,6 +230,20 @@ def test_a_record_says_what_was_measured_and_how_busy_it_is() -> None:
     run_virtual(run())
 
 
+def test_a_gateway_measures_the_way_to_those_that_end_chains() -> None:
+    async def run() -> None:
+        async with swarm() as it:
+            for number in range(8):
+                await (await it.add(f"front-{number}", blocks=range(3))).wait_settled()
+            back = await it.add("back", blocks=range(3, 6))
+            await back.wait_settled()
+            gateway = await it.add("gateway", blocks="none", ping_s=1.0, is_gateway=True)
+            await asyncio.sleep(20.0)
+            assert gateway.view().rtts_s[back.node.peer] == pytest.approx(0.04, rel=0.5)
+
+    run_virtual(run())
+
+
 def test_a_machine_moves_when_others_leave_blocks_unserved() -> None:
     async def run() -> None:
         async with swarm() as it:

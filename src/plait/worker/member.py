@@ -80,6 +80,7 @@ class MemberOptions:
     `blocks`: its span; auto chooses, and may move later; none serves nothing. It waits up to `choose_wait_s` before it
     chooses, so that machines which start together choose one after the other, and looks for better blocks at random
     intervals of `rebalance_s` on average. `drain_timeout_s` is how long sessions may take to go elsewhere.
+    `is_gateway`: it chooses chains too, so it measures the way to those that begin and end one.
     """
 
     name: str
@@ -91,6 +92,7 @@ class MemberOptions:
     balance_quality: float = 0.75
     ping_s: float = 5.0
     drain_timeout_s: float = 30.0
+    is_gateway: bool = False
     version: str = ""
     terms: PeerTerms = field(default_factory=PeerTerms)
 
@@ -348,13 +350,15 @@ class Member:
                 self._say(self.state, self.blocks)
 
     async def _ping_often(self) -> None:
-        """Keep links to the peers that matter, which measures them: holders of the next block, and of the own ones."""
+        """Keep links to the peers that matter, which measures them: holders of the next block and of the own ones, and
+        for a gateway those of the first and the last one."""
         probed: set[PeerId] = set()
         while not self._left.is_set():
             await asyncio.sleep(self.options.ping_s)
             view = self.view()
-            starts = {0} if not self.blocks else {self.blocks.start, self.blocks.stop % view.model_blocks}
-            for block in sorted(starts):
+            outer = {0, view.model_blocks - 1} if self.options.is_gateway else set[int]()
+            own = {self.blocks.start, self.blocks.stop % view.model_blocks} if self.blocks else set[int]()
+            for block in sorted(outer | own):
                 holders = [record.peer for record in view.holders(block) if record.peer != self.node.peer]
                 order = self.node.rng.permutation(len(holders))[:PINGED_HOLDERS]
                 for peer in (holders[int(index)] for index in order):

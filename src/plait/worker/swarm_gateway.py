@@ -251,7 +251,7 @@ class SwarmGateway:
         assert self._source is not None
         try:
             self.node.exchange.offer = await asyncio.to_thread(lambda: self._source and self._source.offer)
-            self.member = Member(self.node, self._source, self._member_options)
+            self.member = Member(self.node, self._source, replace(self._member_options, is_gateway=True))
             async with self.member:
                 await self.member.wait_left()
                 if self.member.failure is not None:

@@ -135,7 +135,9 @@ class SpanWorker:
             message_tokens=max(64, _MESSAGE_BYTES // (4 * engine.spec.hidden)),
         )
         self._live: dict[SessionId, _Live] = {}
-        self._closed: OrderedDict[SessionId, int] = OrderedDict()  # the last epoch of each
+        self._closed: OrderedDict[tuple[PeerId, SessionId], int] = (
+            OrderedDict()
+        )  # each gateway's; the last epoch
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = asyncio.Event()
         self._step = 0  # the number of the latest step
@@ -194,6 +196,23 @@ class SpanWorker:
             kv_total_tokens=load.kv_total_tokens,
         )
 
+    def hop_sessions(self) -> Iterable[HopSession]:
+        """The sessions that cross this worker now."""
+        return [live.session for live in self._live.values()]
+
+    def check(self) -> None:
+        """Assert that sessions, what they keep and the engine (unless it computes) agree."""
+        for live in self._live.values():
+            live.session.check()
+            assert live.kept_bytes == live.session.kept.held_bytes
+        assert self._kept_bytes == sum(live.kept_bytes for live in self._live.values())
+        if self._computes:
+            return
+        self.engine.check()
+        if not self._commands:
+            ended = self.engine.session_ids() - self._live.keys()
+            assert not ended, f"the engine holds sessions that have ended: {sorted(ended)}"
+
     # -- the network --------------------------------------------------------------------------------------
 
     def on_message(self, peer: PeerId, message: Message, tensors: tuple[memoryview, ...]) -> None:
@@ -228,7 +247,7 @@ class SpanWorker:
         live = self._live.get(message.session)
         if live is None:
             if isinstance(message, CloseSession):
-                self._remember_closed(message.session, message.epoch)
+                self._remember_closed(peer, message.session, message.epoch)
             elif isinstance(message, Fence):
                 self._refuse(peer, message, "unknown_session", "the session is not here, or not any more")
             return
@@ -263,7 +282,7 @@ class SpanWorker:
     # -- sessions come and go -----------------------------------------------------------------------------
 
     def _open(self, peer: PeerId, opening: OpenSession) -> None:
-        if opening.epoch <= self._closed.get(opening.session, 0):
+        if opening.epoch <= self._closed.get((peer, opening.session), 0):
             return
         live = self._live.get(opening.session)
         if live is not None:
@@ -363,12 +382,12 @@ class SpanWorker:
         del self._live[id]
         self._kept_bytes -= live.kept_bytes
         live.kept_bytes = 0
-        self._remember_closed(id, live.session.epoch)
+        self._remember_closed(live.session.gateway, id, live.session.epoch)
         self._command(lambda: self.engine.close(id))
 
-    def _remember_closed(self, id: SessionId, epoch: int) -> None:
+    def _remember_closed(self, gateway: PeerId, id: SessionId, epoch: int) -> None:
         """What is still on its way of a closed session does not open it again."""
-        self._closed[id] = max(epoch, self._closed.pop(id, 0))
+        self._closed[gateway, id] = max(epoch, self._closed.pop((gateway, id), 0))
         if len(self._closed) > _MAX_CLOSED:
             self._closed.popitem(last=False)
 

@@ -4,10 +4,16 @@ work.py       the work of one forward pass
 model.py      `CostModel`, the interface that every model has, and the host's part of a step
 shape.py      operations, weights and cache of a span, counted from the model; formats.py: the bytes of its numbers
 roofline.py   a `CostModel` of published peaks and measured efficiency; devices.py: the published figures
+tables.py     a `CostModel` of tables of measured operations; blend.py: curves and grids
+regression.py a `CostModel` of six coefficients
+noise.py      any of them, with the scatter that was measured; accuracy.py: how far predictions are off
+profile.py    a machine's measurements as a file
 energy.py     watts to joules
 links.py      links that flows share
 """
 
+from plait.costs.accuracy import PredictionErrors, prediction_errors
+from plait.costs.blend import Curve, Grid
 from plait.costs.devices import DEVICES, Device, device_named
 from plait.costs.energy import PowerDraw
 from plait.costs.formats import Formats
@@ -27,38 +33,84 @@ from plait.costs.links import (
     stop_flow,
 )
 from plait.costs.model import NO_OVERHEAD, CostModel, HostOverhead
+from plait.costs.noise import NoisyCosts
+from plait.costs.profile import (
+    MAX_PROFILE_BYTES,
+    PROFILE_FORMAT,
+    PROFILE_VERSION,
+    Operation,
+    OperationSample,
+    Profile,
+    ProfiledModel,
+    check_fingerprint,
+    format_profile,
+    parse_profile,
+    predict,
+    tables_of,
+)
+from plait.costs.regression import (
+    RegressionCosts,
+    fit_host,
+    fit_steps,
+    non_negative_least_squares,
+)
 from plait.costs.roofline import ASSUMED, PERFECT, Efficiency, RooflineCosts
 from plait.costs.shape import OperationWork, SpanShape
+from plait.costs.tables import OperationTables, SpanFacts, TableCosts
 from plait.costs.work import StepFeatures, StepWork
 
 __all__ = [
     "ASSUMED",
     "DEVICES",
+    "MAX_PROFILE_BYTES",
     "NO_OVERHEAD",
     "PERFECT",
+    "PROFILE_FORMAT",
+    "PROFILE_VERSION",
     "CostModel",
+    "Curve",
     "Device",
     "Efficiency",
     "Flow",
     "FluidState",
     "Formats",
+    "Grid",
     "HostOverhead",
     "Links",
+    "NoisyCosts",
+    "Operation",
+    "OperationSample",
+    "OperationTables",
     "OperationWork",
     "PowerDraw",
+    "PredictionErrors",
+    "Profile",
+    "ProfiledModel",
+    "RegressionCosts",
     "RooflineCosts",
     "SharedLink",
+    "SpanFacts",
     "SpanShape",
     "StepFeatures",
     "StepWork",
+    "TableCosts",
     "advance",
     "change_links",
+    "check_fingerprint",
     "device_named",
     "fair_rates",
+    "fit_host",
+    "fit_steps",
+    "format_profile",
     "next_end_s",
+    "non_negative_least_squares",
+    "parse_profile",
     "path_delay_s",
+    "predict",
+    "prediction_errors",
     "ramp_s",
     "retransmit_s",
     "start_flow",
     "stop_flow",
+    "tables_of",
 ]

@@ -127,7 +127,7 @@ def test_a_regression_finds_the_coefficients_of_steps_that_have_some() -> None:
         StepWork.of(
             [
                 (int(new), int(context))
-                for new, context in zip(rng.integers(1, 99, 6), rng.integers(0, 999, 6))
+                for new, context in zip(rng.integers(1, 99, 6), rng.integers(0, 999, 6), strict=True)
             ],
             sampled=0,
         )

@@ -26,7 +26,7 @@ ends with NoCapacity.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import islice
 
@@ -291,6 +291,10 @@ class SpanEngine:
             self._steps += 1
             self._step_tokens += step.tokens
             return [output for result in results for output in self._take(result)]
+
+    def session_ids(self) -> Set[SessionId]:
+        """The sessions that are open."""
+        return self._sessions.keys()
 
     def load(self) -> SpanLoad:
         """How busy this span is; walks all sessions."""

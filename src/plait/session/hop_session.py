@@ -190,6 +190,20 @@ class HopSession:
     def next_hop(self) -> ChainHop | None:
         return None if self.last else self._hops[self._index + 1]
 
+    @property
+    def computed_tokens(self) -> int:
+        """Positions whose outputs have come out of the engine."""
+        return self._computed
+
+    def check(self) -> None:
+        """Assert that its marks are in order, and that what it keeps is what lies between them."""
+        known = len(self._inputs)
+        assert self._computed <= self._fed <= known <= self._opening.max_tokens
+        assert self.last or self.kept.end == self._computed, (
+            f"outputs are kept up to {self.kept.end}, and {self._computed} are computed"
+        )
+        assert self.first or sum(map(len, self._pending)) == known - self._fed
+
     # -- messages ----------------------------------------------------------------------------------------
 
     def on_step(self, sender: PeerId, step: Step, rows: Rows | Unreadable | None) -> list[HopAction]:

@@ -30,8 +30,10 @@ FaultKind = Literal[
     "freeze",
     "partition",
     "isolate",
+    "mute",
     "cut",
     "slow_link",
+    "narrow_link",
     "slow_node",
     "duplicate",
     "replay",
@@ -49,8 +51,10 @@ vanish           power or cable: the machine says nothing any more, and no link 
 freeze           SIGSTOP for `duration_s`
 partition        some machines are separated from all others for `duration_s`
 isolate          the same of one machine
+mute             nothing that one machine sends arrives for `duration_s`; it hears everything
 cut              all links of one machine are reset, once
 slow_link        everything to and from a machine takes up to `strength` seconds more, for `duration_s`
+narrow_link      everything to and from a machine goes at `strength` bytes a second, for `duration_s`
 slow_node        its steps take `strength` times as long, for `duration_s`
 duplicate        it sends messages twice, for `duration_s`
 replay           it sends old messages again, for `duration_s`
@@ -66,7 +70,7 @@ LETHAL: frozenset[FaultKind] = frozenset({"kill", "vanish", "lie", "break", "lea
 HARMLESS: frozenset[FaultKind] = frozenset({"duplicate", "replay"})
 """What is said twice is to change nothing at all."""
 PROMPT: frozenset[FaultKind] = frozenset(
-    {*HARMLESS, "kill", "vanish", "freeze", "cut", "lie", "break", "leave"}
+    {*HARMLESS, "kill", "vanish", "freeze", "mute", "cut", "lie", "break", "leave"}
 )
 """These are noticed as soon as heartbeats or the messages themselves show them; others may wait for a deadline."""
 DISHONEST: frozenset[FaultKind] = frozenset({"lie"})
@@ -78,8 +82,10 @@ _WEIGHTS: dict[FaultKind, float] = {
     "freeze": 4,
     "partition": 3,
     "isolate": 2,
+    "mute": 2,
     "cut": 3,
     "slow_link": 2,
+    "narrow_link": 1.5,
     "slow_node": 2,
     "duplicate": 2,
     "replay": 2,
@@ -95,21 +101,27 @@ _KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
 _SHELTERED_FRACTION = 0.6
 _THEMED_FRACTION = 1 / 3
 _TIGHT_FRACTION = 0.3
+_SKEWED_FRACTION = 0.3
 _AT_ONCE_FRACTION = 0.35
 _DURATIONS_S = (0.3, 2.0, 6.0, 12.0)
 SLOWEST_LINK_S = 5.0
 """What is sent has come by then, also over a slow link."""
-_SLOW_LINKS_S = (0.3, 3.0)
-_SLOW_NODES = (5.0, 100.0)
+_STRENGTHS: dict[FaultKind, tuple[float, float]] = {
+    "slow_link": (0.3, 3.0),
+    "narrow_link": (2e3, 2e4),
+    "slow_node": (5.0, 100.0),
+}
+_MOST_CLOCK_AHEAD_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachinePlan:
-    """One worker: its span, when it joins, how long its steps take, and what it has room for."""
+    """One worker: its span, when it joins, how wrong its clock is, how long its steps take, what it has room for."""
 
     name: str
     blocks: range
     joins_s: float
+    clock_ahead_s: float
     step_s: float
     token_s: float
     kv_blocks: int
@@ -215,6 +227,7 @@ def _draw_machines(
     step_s = float(rng.choice([0.002, 0.02, 0.05]))
     # A prompt takes several steps, but not so many that no token comes in time.
     step_tokens = max(int(rng.choice([16, 64, 256])), longest_tokens // 12)
+    clocks_apart_s = _MOST_CLOCK_AHEAD_S if rng.random() < _SKEWED_FRACTION else 0.0
     kept_bytes = int(rng.choice([256, 1 << 30], p=[0.25, 0.75]))
 
     def machine(name: str, blocks: range, *, joins_s: float = 0.0, sheltered: bool = False) -> MachinePlan:
@@ -222,6 +235,7 @@ def _draw_machines(
             name=name,
             blocks=blocks,
             joins_s=joins_s,
+            clock_ahead_s=float(rng.uniform(-1, 1)) * clocks_apart_s,
             step_s=step_s * float(rng.uniform(0.5, 2)),
             token_s=float(rng.choice([0.0, 0.0005])),
             kv_blocks=needed_blocks * (2 if tight else 8),
@@ -266,8 +280,8 @@ def _draw_faults(rng: np.random.Generator, requests: tuple[RequestPlan, ...]) ->
                 after_tokens=after_tokens,
                 delay_s=delay_s,
                 duration_s=_one_of(rng, _DURATIONS_S) * float(rng.uniform(0.5, 1.5)),
-                strength=_one_of(rng, _SLOW_LINKS_S if kind == "slow_link" else _SLOW_NODES),
-                draw=int(rng.integers(2**32)),
+                strength=_one_of(rng, _STRENGTHS.get(kind, (1.0,))),
+                draw=int(rng.integers(1 << 32)),
             )
         )
     return tuple(faults)

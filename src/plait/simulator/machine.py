@@ -1,7 +1,7 @@
 """Machines of a trial: the live coroutines in a process each, on a virtual clock, over wires in memory."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from plait.cluster import PeerLoad, PeerRates, PeerRecord, PeerState
-from plait.ids import PeerId
+from plait.ids import PeerId, SessionId
+from plait.session import HopSession
 from plait.simulator.fault_schedule import MachinePlan
 from plait.simulator.faulty_network import FaultyNetwork
 from plait.simulator.hash_model import HashDecoder, hash_engine, hash_model
@@ -50,6 +51,7 @@ class Machine:
         rng: np.random.Generator,
         introducers: tuple[TicketPeer, ...],
         observer: Observer,
+        clock_ahead_s: float = 0.0,
     ) -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
@@ -60,6 +62,7 @@ class Machine:
         self.observer = observer
         self.net = net
         self.rng = rng
+        self._clock_ahead_s = clock_ahead_s
         identity = identity_of(name)
         self.peer = identity.peer
         self.network = FaultyNetwork(
@@ -87,7 +90,7 @@ class Machine:
         return f"mem://{self.name}"
 
     def unix_now(self) -> float:
-        return UNIX_S + self.loop.time()
+        return UNIX_S + self._clock_ahead_s + self.loop.time()
 
     def start(self) -> None:
         self._task = self.process.start(self._live())
@@ -147,6 +150,10 @@ class Machine:
     def load(self) -> PeerLoad:
         return PeerLoad()
 
+    def check(self) -> None:
+        """Assert what must hold of it between any two events."""
+        raise NotImplementedError
+
     async def _live(self) -> None:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.network)
@@ -171,6 +178,30 @@ class Machine:
         self.miss(peer, reason)
 
 
+class HopProgress:
+    """What a worker's sessions have reached, to see that none goes back but by a fence or a wrong guess.
+
+    `draft_tokens`: how many tokens are guessed at once.
+    """
+
+    def __init__(self, draft_tokens: int) -> None:
+        self._draft_tokens = draft_tokens
+        self._reached: dict[SessionId, tuple[HopSession, int, int, bool]] = {}
+
+    def check(self, sessions: Iterable[HopSession]) -> None:
+        """Assert that all of them are where they were, or further."""
+        for now in sessions:
+            computed = now.computed_tokens
+            before, epoch, tokens, held = self._reached.get(now.id, (now, 0, 0, True))
+            assert now.epoch > epoch or (now.epoch == epoch and now is before), (
+                f"session {now.id[:6]} is in epoch {now.epoch} after epoch {epoch}"
+            )
+            assert now.epoch > epoch or held or computed >= tokens - self._draft_tokens, (
+                f"session {now.id[:6]} went back from position {tokens} to {computed} in epoch {epoch}"
+            )
+            self._reached[now.id] = now, now.epoch, computed, now.held
+
+
 class WorkerMachine(Machine):
     """Serves a span. Its steps take time after they were computed, as those of a thread do."""
 
@@ -181,11 +212,21 @@ class WorkerMachine(Machine):
         *,
         rng: np.random.Generator,
         introducers: tuple[TicketPeer, ...],
+        draft_tokens: int,
         observer: Observer,
     ) -> None:
-        super().__init__(plan.name, net, rng=rng, introducers=introducers, observer=observer)
+        super().__init__(
+            plan.name,
+            net,
+            rng=rng,
+            introducers=introducers,
+            observer=observer,
+            clock_ahead_s=plan.clock_ahead_s,
+        )
         self.plan = plan
-        self.slowness = 1.0
+        self._progress = HopProgress(draft_tokens)
+        self.slowness: list[float] = []
+        """How many times as long its steps take, by each of its faults: the worst counts."""
         self.engine = hash_engine(
             plan.blocks,
             kv_blocks=plan.kv_blocks,
@@ -208,6 +249,10 @@ class WorkerMachine(Machine):
 
     def load(self) -> PeerLoad:
         return self.worker.load()
+
+    def check(self) -> None:
+        self.worker.check()
+        self._progress.check(self.worker.hop_sessions())
 
     def fail_next_step(self) -> None:
         decoder = self.engine.decoder
@@ -239,7 +284,7 @@ class WorkerMachine(Machine):
         self.engine.computing = True
         tokens = self.engine.computed_tokens - before_tokens
         self.observer.note(f"{self.name} computes {tokens}")
-        step_s = (self.plan.step_s + self.plan.token_s * tokens) * self.slowness
+        step_s = (self.plan.step_s + self.plan.token_s * tokens) * max(self.slowness, default=1.0)
         # Whoever waits for a step may give up; the step goes on, as it would in a thread.
         over = asyncio.Event()
         self.loop.call_later(step_s, self._step_over, over)
@@ -281,6 +326,9 @@ class GatewayMachine(Machine):
             run_blocking=_run_now,
         )
         self.membership.on_change = lambda peer: self.engine.view_changed()
+
+    def check(self) -> None:
+        self.engine.check()
 
     async def enter(self, stack: AsyncExitStack) -> None:
         await stack.enter_async_context(self.engine)

@@ -79,7 +79,10 @@ _PROCESS: contextvars.ContextVar[Process | None] = contextvars.ContextVar("proce
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
-    """Starts at time 0. `events` counts what has run: two runs that are the same have the same count."""
+    """Starts at time 0. `events` counts what has run: two runs that are the same have the same count.
+
+    `after_event` is called after each of them, with the process that it ran in.
+    """
 
     _ready: "deque[asyncio.Handle]"
     _scheduled: list[asyncio.TimerHandle]
@@ -88,6 +91,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def __init__(self) -> None:
         super().__init__()
         self.events = 0
+        self.after_event: Callable[[Process | None], None] | None = None
         self._now_s = 0.0
         self._events_at_once = 0
         self._processes: list[Process] = []
@@ -153,6 +157,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
             self.events += 1
             self._events_at_once += 1
             handle._run()
+            if self.after_event is not None:
+                self.after_event(process)
         if self._events_at_once > MAX_EVENTS_AT_ONCE:
             self._events_at_once = 0
             busiest = Counter(map(_named, ready)).most_common(3)

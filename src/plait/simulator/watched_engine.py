@@ -17,6 +17,8 @@ class WatchedSpanEngine(SpanEngine):
     A step is `computing` from its call until whoever runs it says that it is over: on a virtual clock it takes its time
     after the call, and where it runs in a thread nobody may touch the engine in that time. `epochs` is the latest epoch
     that its worker was told of each session. `computed_tokens`: positions that came out.
+
+    `check` can be called after every event: it costs nothing while nobody has asked the engine to do anything.
     """
 
     violate: Callable[[str], None] = staticmethod(lambda text: None)  # type: ignore[assignment]
@@ -24,6 +26,7 @@ class WatchedSpanEngine(SpanEngine):
     def __init__(self, **parts: Any) -> None:
         super().__init__(**parts)
         self.computing = False
+        self._touched = True
         self.epochs: dict[SessionId, int] = {}
         self.computed_tokens = 0
         self._histories: dict[SessionId, list[int]] = {}
@@ -62,14 +65,22 @@ class WatchedSpanEngine(SpanEngine):
 
     def step(self) -> list[SpanOutput]:
         self._touch("step")
-        self.check()
         outputs = super().step()
-        self.check()
         for output in outputs:
             self._came_out(output)
         return outputs
 
+    def abort_running(self) -> list[SessionId]:
+        self._touch("end what it runs")
+        return super().abort_running()
+
+    def check(self) -> None:
+        if self._touched:
+            super().check()
+            self._touched = False
+
     def _touch(self, what: str) -> None:
+        self._touched = True
         if self.computing:
             self.violate(f"the engine was asked to {what} while it computed")
 

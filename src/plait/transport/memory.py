@@ -94,6 +94,7 @@ class MemoryNet:
         self._transports: list[MemoryTransport] = []
         self._frozen: dict[str, int] = {}
         self._partitions: list[frozenset[str]] = []
+        self._muted: list[str] = []
         self._killed: set[str] = set()
         self._changed = asyncio.Event()
         self.context = contextvars.copy_context()
@@ -120,6 +121,14 @@ class MemoryNet:
     def heal(self, nodes: Iterable[str]) -> None:
         """End a partition of these nodes."""
         self._partitions.remove(frozenset(nodes))
+        self._release()
+
+    def mute(self, node: str) -> None:
+        """Hold back everything that a node sends, until `unmute`; what others send to it arrives."""
+        self._muted.append(node)
+
+    def unmute(self, node: str) -> None:
+        self._muted.remove(node)
         self._release()
 
     def freeze(self, node: str) -> None:
@@ -151,7 +160,8 @@ class MemoryNet:
 
     def blocked(self, near: str, far: str) -> bool:
         return (
-            bool(self._frozen.get(near) or self._frozen.get(far))
+            near in self._muted
+            or bool(self._frozen.get(near) or self._frozen.get(far))
             or any((near in side) != (far in side) for side in self._partitions)
         )  # fmt: skip
 

@@ -70,6 +70,18 @@ def test_a_span_is_loaded_measured_once_and_serves(tmp_path: Path) -> None:
     assert asyncio.run(run()) == first  # remembered, not measured again
 
 
+@pytest.mark.parametrize("blocks", [range(1), range(3), range(3, 6)])
+def test_a_span_holds_the_context_that_it_was_asked_for(tmp_path: Path, blocks: range) -> None:
+    async def run() -> int:
+        loaded = await source(tmp_path).load(blocks, list, ignore_progress)
+        try:
+            return loaded.engine.load().kv_total_tokens
+        finally:
+            await loaded.close()
+
+    assert asyncio.run(run()) >= LIMITS.context_tokens
+
+
 def test_a_span_that_does_not_fit_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
     made = source(tmp_path, replace(LIMITS, memory_bytes=8 << 20))
     with pytest.raises(BadSetup, match="more than the"):

@@ -19,7 +19,8 @@ class SpanSizes:
     """What each block takes: its weights, and its part of the KV cache for every token of context.
 
     `first_bytes` and `last_bytes` come with the model's first and last block: embedding, final norm, head.
-    `input_bytes_per_token` comes with every span that does not begin the model (`SpanInputs`).
+    `input_bytes_per_token` comes with every span but that of the first block alone: a chain may also enter behind it
+    (`SpanInputs`).
     """
 
     block_bytes: tuple[int, ...]
@@ -37,7 +38,7 @@ class SpanSizes:
     def kv_bytes(self, blocks: range, context_tokens: int) -> int:
         """KV cache of a span, with the inputs that are kept beside it."""
         token_bytes = sum(self.kv_bytes_per_token[block] for block in blocks)
-        token_bytes += self.input_bytes_per_token if blocks.start else 0
+        token_bytes += self.input_bytes_per_token if blocks != range(1) else 0
         return math.ceil(token_bytes * context_tokens)
 
     def longest_span(self, memory_bytes: int, context_tokens: int) -> int:

@@ -404,7 +404,7 @@ class SwarmEngine:
 
         async def find_hops(wanted: FindRoute) -> tuple[ChainHop, ...]:
             nonlocal route
-            began_s = self._loop.time()
+            began_s = time.perf_counter()  # a loop's own clock may stand still meanwhile
             routed = await self._find_chain(wanted, route)
             log.info(
                 "session=%s request=%s mode=%s chain=%s expected_s=%.4f found_in_s=%.4f",
@@ -413,7 +413,7 @@ class SwarmEngine:
                 routed.mode,
                 ",".join(f"{hop.peer[:8]}[{hop.span.start}:{hop.span.stop}]" for hop in routed.chain),
                 routed.expected_step_s,
-                self._loop.time() - began_s,
+                time.perf_counter() - began_s,
             )
             if route.mode == "pinned":
                 # From here on, if a pinned peer is lost: whoever can take its place.

@@ -5,6 +5,7 @@ swarm_view.py    the swarm as one member sees it at one moment: the input of eve
 description.py   a swarm that somebody describes in a file
 synthetic.py     swarms drawn at random
 bans.py          which peers are avoided after a failure, and for how long
+track_records.py which peers turned out slower than they say
 """
 
 from plait.cluster.bans import Ban, Bans
@@ -20,6 +21,7 @@ from plait.cluster.peer_record import (
 )
 from plait.cluster.swarm_view import SwarmView, format_blocks
 from plait.cluster.synthetic import peer_id_of_name, random_swarm
+from plait.cluster.track_records import TrackRecords
 
 __all__ = [
     "Ban",
@@ -31,6 +33,7 @@ __all__ = [
     "PeerState",
     "PeerTerms",
     "SwarmView",
+    "TrackRecords",
     "check_peer_id",
     "format_blocks",
     "peer_id_of_name",

@@ -70,9 +70,11 @@ def least_loaded_round(
 
 def expected_round_s(view: SwarmView, chain: Chain) -> float:
     """Expected seconds of a decoding round over a chain of the whole model, whichever mode chose it: what a client
-    waits for each token, given the sessions that the machines announce."""
+    waits for each token, given the sessions that the machines announce; infinite if they do not serve it any more."""
     graph = chain_graph(view, range(view.model_blocks), either_way=True, early_exits=True)
     numbers = {(record.peer, int(graph.end[number])): number for number, record in enumerate(graph.records)}
+    if any((hop.peer, hop.span.stop) not in numbers for hop in chain):
+        return np.inf
     path = tuple(numbers[hop.peer, hop.span.stop] for hop in chain)
     closing_s = closing_delays_s(graph)
     idle_s, _ = shortest_round(graph, load_cost(graph, 0, np.zeros(graph.servers), round_s=1.0), closing_s)

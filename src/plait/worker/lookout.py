@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from plait.cluster import Bans, PeerRecord, SwarmView
+from plait.cluster import Bans, PeerRecord, SwarmView, TrackRecords
 from plait.ids import PeerId
 from plait.transport import Network
 
@@ -16,8 +16,9 @@ _RTT_CHANGE = 0.2
 class Lookout:
     """Makes the `SwarmView` of one model; `records` gives all records that hold now.
 
-    A peer that was lost is left out, though its record goes on for a while, until there is a link to it again. Times of
-    bans are those of the running event loop.
+    A peer that was lost is left out, though its record goes on for a while, until there is a link to it again. One
+    that turned out slower than it says has the rates that it seems to have. Times of bans are those of the running
+    event loop.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Lookout:
         self._records = records
         self._unix_now = unix_now
         self._bans = Bans()
+        self._track_records = TrackRecords()
         self._lost: dict[PeerId, int] = {}  # the sequence of its record then, or when it was last tried
         self._back: set[PeerId] = set()
         self._view: SwarmView | None = None
@@ -58,6 +60,12 @@ class Lookout:
         if bans is not self._bans:
             self._bans = bans
             self._stale = True
+
+    def judge(self, peers: Sequence[PeerId], expected_s: float, measured_s: float) -> None:
+        """A chain of these peers took so long for what should, by this view, have taken `expected_s`."""
+        now_s = asyncio.get_running_loop().time()
+        self._track_records = self._track_records.after_chain(peers, expected_s, measured_s, now_s)
+        self._stale = True
 
     def lose(self, peer: PeerId) -> None:
         """There is no link to a peer any more, and none could be made."""
@@ -97,7 +105,12 @@ class Lookout:
         if self._view is not None and not self._stale and now_s - self._seen_s < _REFRESH_S:
             return self._view
         self._stale, self._seen_s = False, now_s
-        records = [record for record in self._records() if record.peer not in self._lost]
+        records = [
+            self._track_records.corrected(record, now_s)
+            for record in self._records()
+            if record.peer not in self._lost
+        ]
+        self._track_records = self._track_records.only(frozenset(record.peer for record in records))
         rtts_s = {
             record.peer: estimate.rtt_s
             for record in records

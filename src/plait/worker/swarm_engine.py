@@ -7,9 +7,10 @@ computed on this machine by this part: it needs the tokenizer and the configurat
 
 import asyncio
 import logging
+import math
 import time
-from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections import Counter, defaultdict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from plait.engine import (
 )
 from plait.errors import BadSetup, EngineFailure, NoCapacity, NotReady, ServingError
 from plait.ids import PeerId, RequestId, SessionId
-from plait.routing import Routed, Router, RouteWish, wish_of_fields
+from plait.routing import Hop, Routed, Router, RouteWish, expected_round_s, wish_of_fields
 from plait.session import (
     Ban,
     ChainSession,
@@ -64,10 +65,15 @@ from plait.wire import (
 from plait.worker.async_engine import EngineState, LoadProgress, ServedModel, not_ready
 from plait.worker.lookout import Lookout
 from plait.worker.outbox import Outbox
+from plait.worker.pace import Pace
 from plait.worker.request_stream import RequestStream
 from plait.worker.session_driver import SessionDriver, SessionHooks
 
 log = logging.getLogger(__name__)
+
+_SLOW_S = 0.05
+"""Tokens that take less are not looked into: there, what this machine itself does weighs as much as the chain."""
+_JUDGE_EVERY_S = 1.0
 
 RunBlocking = Callable[[Callable[[], Any]], Awaitable[Any]]
 
@@ -158,6 +164,7 @@ class _Running:
     live: LiveRequest
     stream: RequestStream = field(default_factory=RequestStream)
     drivers: list[SessionDriver] = field(default_factory=list[SessionDriver])
+    paces: dict[int, Pace] = field(default_factory=lambda: defaultdict(Pace))
 
 
 class SwarmEngine:
@@ -211,6 +218,7 @@ class SwarmEngine:
         self._replayed = 0
         self._tokens_by_peer: Counter[PeerId] = Counter()
         self._banned = 0
+        self._judged_s = 0.0
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -457,6 +465,9 @@ class SwarmEngine:
                 self.lookout.trust(hop.peer)
         for hop in driver.session.hops:
             self._tokens_by_peer[hop.peer] += len(emit.token_ids)
+        pace_s = running.paces[index].count(len(emit.token_ids), now_s, epoch=driver.session.epoch)
+        if pace_s is not None:
+            self._judge(driver.session.hops, pace_s, now_s)
         for place, token_id in enumerate(emit.token_ids):
             report = emit.reports[place] if emit.reports is not None else None
             completes = emit.finished == "stop" and place == len(emit.token_ids) - 1
@@ -492,6 +503,15 @@ class SwarmEngine:
         async with self._routing:
             # A front may take as long as `route_s`, everything else a few milliseconds.
             return await self._run_blocking(choose) if route.mode in ("exact", "tradeoff") else choose()
+
+    def _judge(self, hops: Sequence[ChainHop], pace_s: float, now_s: float) -> None:
+        """Compare what a token took with what it should, so that machines which overstate themselves are avoided."""
+        if pace_s < _SLOW_S or now_s < self._judged_s + _JUDGE_EVERY_S:
+            return
+        self._judged_s = now_s
+        expected_s = expected_round_s(self.lookout.view(), tuple(Hop(hop.peer, hop.blocks) for hop in hops))
+        if expected_s < math.inf:
+            self.lookout.judge([hop.peer for hop in hops], expected_s, pace_s)
 
     def _on_ban(self, ban: Ban) -> None:
         log.warning("peer=%s failed: %s", ban.peer[:12], ban.reason)

@@ -1,18 +1,20 @@
 """What a wish may say, what a choice returns, and what happens when nothing can be chosen."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from small_swarms import make_record, make_view
 
-from plait.cluster import PeerLoad, PeerRates, SwarmView, peer_id_of_name, random_swarm
+from plait.cluster import PeerLoad, PeerRates, PeerRecord, SwarmView, peer_id_of_name, random_swarm
 from plait.errors import BadRequest, NoCapacity, NoRoute
 from plait.routing import (
     Balanced,
     Budget,
     LatencyFirst,
+    RouteMode,
     Router,
     RouteWish,
     Sampled,
@@ -223,6 +225,39 @@ def test_a_router_keeps_what_holds_and_drops_what_does_not() -> None:
     )
     again = router.choose(later, range(40), wish, rng=rng)
     assert all(hop.peer != dead for member in again.front.members for hop in member.chain)
+
+
+@pytest.mark.parametrize("mode", ["exact", "tradeoff"])
+def test_a_front_outlives_announcements_that_do_not_matter_to_it(mode: RouteMode) -> None:
+    view = random_swarm(np.random.default_rng(0), peers=30, blocks=40)
+    rng = np.random.default_rng(0)
+
+    def kept_after(change: Callable[[PeerRecord], PeerRecord]) -> bool:
+        router = Router()
+        wish = RouteWish(mode=mode, evaluations=100)
+        first = router.choose(view, range(40), wish, rng=rng)
+        records = {peer: change(record) for peer, record in view.records.items()}
+        again = router.choose(replace(view, records=records, version=2), range(40), wish, rng=rng)
+        return again.front is first.front
+
+    def with_rtts(factor: float) -> Callable[[PeerRecord], PeerRecord]:
+        return lambda record: replace(
+            record, rtts_s={peer: factor * rtt_s for peer, rtt_s in record.rtts_s.items()}
+        )
+
+    def with_rates(factor: float, name: str) -> Callable[[PeerRecord], PeerRecord]:
+        return lambda record: replace(
+            record, rates=replace(record.rates, **{name: factor * getattr(record.rates, name)})
+        )
+
+    assert kept_after(lambda record: replace(record, sequence=9, load=replace(record.load, sessions=7)))
+    assert kept_after(with_rtts(1.1)) and not kept_after(with_rtts(1.5))
+    assert kept_after(with_rates(1.02, "decode_tokens_per_s"))
+    assert not kept_after(with_rates(1.2, "decode_tokens_per_s"))
+    assert not kept_after(with_rates(0.01, "network_tokens_per_s"))
+    blocks = min(view.records.values(), key=lambda record: record.first_block)
+    moved = replace(blocks, end_block=blocks.end_block + 1)
+    assert not kept_after(lambda record: moved if record.peer == moved.peer else record)
 
 
 def test_a_router_counts_its_own_sessions_until_they_are_announced() -> None:

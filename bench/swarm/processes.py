@@ -21,10 +21,25 @@ START_S = 240.0
 _TIME = re.compile(r"time=(\S+ \S+) ")
 
 
-class Machine:
-    """One `plait serve --swarm` or `plait join`; its standard output is JSON lines, its log has times."""
+PLAIT = ("-m", "plait")
 
-    def __init__(self, name: str, arguments: Sequence[str], home: Path, log: Path, cache: Path) -> None:
+
+class Machine:
+    """One `plait serve --swarm` or `plait join`; its standard output is JSON lines, its log has times.
+
+    `program` is what Python runs with these arguments.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        home: Path,
+        log: Path,
+        cache: Path,
+        *,
+        program: Sequence[str] = PLAIT,
+    ) -> None:
         self.name = name
         self.events: dict[str, dict[str, Any]] = {}
         self._log = log
@@ -42,7 +57,7 @@ class Machine:
         self._out = log.with_suffix(".out")
         with self._out.open("w") as out, log.open("w") as errors:
             self.process = subprocess.Popen(
-                (sys.executable, "-m", "plait", *arguments),
+                (sys.executable, *program, *arguments),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=out,

@@ -223,6 +223,7 @@ def _draw_machines(
     longest_tokens = max(
         len(request.prompt_token_ids) + (request.sampling.max_tokens or 0) for request in requests
     )
+    samples = sum(request.sampling.n for request in requests)
     needed_blocks = -(-longest_tokens // KV_BLOCK_TOKENS) + 1
     step_s = float(rng.choice([0.002, 0.02, 0.05]))
     # A prompt takes several steps, but not so many that no token comes in time.
@@ -238,7 +239,7 @@ def _draw_machines(
             clock_ahead_s=float(rng.uniform(-1, 1)) * clocks_apart_s,
             step_s=step_s * float(rng.uniform(0.5, 2)),
             token_s=float(rng.choice([0.0, 0.0005])),
-            kv_blocks=needed_blocks * (2 if tight else 8),
+            kv_blocks=needed_blocks * (2 if tight else max(2, samples)),
             swap_blocks=needed_blocks if rng.random() < 0.2 else 0,
             step_tokens=step_tokens,
             kept_bytes=kept_bytes,

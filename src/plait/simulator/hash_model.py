@@ -180,7 +180,8 @@ def _true_sample(request: GenerationRequest, index: int) -> tuple[int, ...]:
     assert sampling.max_tokens is not None and sampling.seed is not None
     prompt = request.prompt_token_ids
     stops = to_wire_sampling(sampling, seed=0, sample_index=0, end_token_ids=EOS_TOKEN_IDS).stop_token_ids
-    engine, id = _whole_engine(), SessionId("0" * 32)
+    engine = hash_engine(range(MODEL_BLOCKS), kv_blocks=MAX_MODEL_TOKENS // KV_BLOCK_TOKENS)
+    id = SessionId("0" * 32)
     engine.open(
         SpanSession(
             id=id,
@@ -200,13 +201,7 @@ def _true_sample(request: GenerationRequest, index: int) -> tuple[int, ...]:
             token_ids += [token.token_id for output in engine.step() for token in output.sampled]
         if token_ids[-1] in stops:
             break
-    engine.close(id)
     return tuple(token_ids[len(prompt) :])
-
-
-@cache
-def _whole_engine() -> SpanEngine:
-    return hash_engine(range(MODEL_BLOCKS), kv_blocks=MAX_MODEL_TOKENS // KV_BLOCK_TOKENS)
 
 
 @cache

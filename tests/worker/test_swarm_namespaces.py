@@ -116,7 +116,7 @@ def test_machines_that_nobody_can_dial_answer_through_the_one_they_dialled(
     swarm.wait_serving("front", "back")
     before_bytes = swarm.network.sent_bytes("front")
     assert swarm.ask(40) == of_one_machine(40)
-    # Hidden states of 40 tokens went over its cable, and nowhere else.
+    # Hidden states of 40 tokens went over its cable: there is no other way to the next machine.
     assert swarm.network.sent_bytes("front") - before_bytes > 40 * 4 * 256
     gateway = swarm.status()["gateway"]
     for host in ("front", "back"):
@@ -143,7 +143,8 @@ def test_an_answer_outlives_a_pulled_cable_and_the_machine_comes_back(
 
     # Over to the spare, with the same tokens.
     assert swarm.ask(400, route=over_back, at={20: lambda: network.pull("back")}) == whole
-    assert swarm.status()["recoveries_total"] == 1
+    recoveries = swarm.status()["recoveries_total"]
+    assert recoveries >= 1
     assert not swarm.machine("back") or not swarm.machine("back")["linked"]
     network.plug("back")
     swarm.wait_serving("back")
@@ -158,5 +159,5 @@ def test_an_answer_outlives_a_pulled_cable_and_the_machine_comes_back(
         network.plug("front")
 
     assert swarm.ask(400, at={20: pull_and_plug_later}) == whole
-    assert swarm.status()["recoveries_total"] >= 2
+    assert swarm.status()["recoveries_total"] > recoveries
     swarm.wait_serving(*spans)

@@ -1,10 +1,59 @@
-"""Bookkeeping of KV blocks: which hold what, who shares them, what may be overwritten.
+"""Bookkeeping of KV blocks: which hold what, who shares them, what may be overwritten, what is lent and borrowed.
 
-pool.py     reference-counted blocks, those free but still cached, copy-free sharing
-prefix.py   stable names for the content of full blocks, and the index from name to block
+pool.py           reference-counted blocks, those free but still cached, copy-free sharing; numbers of borrowed ones
+prefix.py         stable names for the content of full blocks, and the index from name to block
+loan_book.py      a creditor's loans: leases, generations, recall
+debt_book.py      a debtor's borrowed blocks: where each of them is
+debt_ledger.py    all debts of the swarm, rebuilt from heartbeats; whom to ask for memory
+debt_cycles.py    debts that run in a circle, and what can go home
+lending_plan.py   which moves serve more: a throughput model and a greedy plan
 """
 
+from plait.kvcache.debt_book import DebtBook, RemoteBlock
+from plait.kvcache.debt_cycles import CycleSettlement, TakeHome, plan_take_home, settle_cycles
+from plait.kvcache.debt_ledger import DebtHeartbeat, DebtLedger, DebtRow, Disagreement, PlacementChange
+from plait.kvcache.lending_plan import (
+    InstanceLoad,
+    LayerTimes,
+    LendingRules,
+    MovableRequest,
+    PlannedMove,
+    after_move,
+    best_move,
+    plan_lending,
+)
+from plait.kvcache.loan_book import Granted, LentBlock, LoanBook, LoanTerms, NotGranted, Recall
 from plait.kvcache.pool import KvBlockPool
 from plait.kvcache.prefix import PrefixIndex, PrefixNamespace, chain_keys
 
-__all__ = ["KvBlockPool", "PrefixIndex", "PrefixNamespace", "chain_keys"]
+__all__ = [
+    "CycleSettlement",
+    "DebtBook",
+    "DebtHeartbeat",
+    "DebtLedger",
+    "DebtRow",
+    "Disagreement",
+    "Granted",
+    "InstanceLoad",
+    "KvBlockPool",
+    "LayerTimes",
+    "LendingRules",
+    "LentBlock",
+    "LoanBook",
+    "LoanTerms",
+    "MovableRequest",
+    "NotGranted",
+    "PlacementChange",
+    "PlannedMove",
+    "PrefixIndex",
+    "PrefixNamespace",
+    "Recall",
+    "RemoteBlock",
+    "TakeHome",
+    "after_move",
+    "best_move",
+    "chain_keys",
+    "plan_lending",
+    "plan_take_home",
+    "settle_cycles",
+]

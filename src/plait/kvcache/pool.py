@@ -11,6 +11,10 @@ A block is in one of three states:
 Allocation takes blank blocks before cached ones. A table is released from its tail: a tail serves only
 requests that also have its head, so it is the first to be overwritten. Kwon et al. 2023 (PagedAttention)
 section 4; the cached-free state is that of vLLM's V1 engine.
+
+Blocks that another machine lends have numbers from `kv_blocks` on (`debt_book.py` knows where they are). They are never
+allocated: a full block of one's own is moved there. Tables, references and the prefix index treat them like any other;
+when their last holder lets go, they are forgotten at once instead of cached.
 """
 
 from collections import Counter, OrderedDict
@@ -31,6 +35,9 @@ class KvBlockPool:
         self._blank = list(range(kv_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._index = PrefixIndex()
+        self._borrowed: dict[int, None] = {}
+        self._unheld: list[int] = []
+        self._unused_numbers: list[int] = []
 
     @property
     def free_blocks(self) -> int:
@@ -39,7 +46,7 @@ class KvBlockPool:
 
     @property
     def used_blocks(self) -> int:
-        """Blocks that somebody holds."""
+        """Blocks of its own that somebody holds."""
         return self.kv_blocks - self.free_blocks
 
     @property
@@ -96,7 +103,10 @@ class KvBlockPool:
             assert left >= 0, f"kv_block {kv_block} was released more often than held"
             self._references[kv_block] = left
             if left == 0:
-                if kv_block not in self._index:
+                if kv_block >= self.kv_blocks:
+                    self.unname([kv_block])
+                    self._unheld.append(kv_block)
+                elif kv_block not in self._index:
                     self._blank.append(kv_block)
                 elif self._index.has_copy(kv_block):
                     self._index.discard(kv_block)
@@ -118,6 +128,63 @@ class KvBlockPool:
         """Blocks that hold the longest known prefix of a chain; `share` them before anything else."""
         return self._index.match(keys)
 
+    @property
+    def borrowed_numbers(self) -> frozenset[int]:
+        """The numbers of all borrowed blocks."""
+        return frozenset(self._borrowed)
+
+    def is_own(self, kv_block: int) -> bool:
+        """Whether a block is this machine's memory."""
+        return kv_block < self.kv_blocks
+
+    def borrow(self, kv_blocks: int) -> list[int]:
+        """Numbers for blocks that another machine lends, each held once, by the caller."""
+        numbers: list[int] = []
+        for _ in range(kv_blocks):
+            if self._unused_numbers:
+                number = self._unused_numbers.pop()
+            else:
+                number = len(self._references)
+                self._references.append(0)
+            self._references[number] = 1
+            self._borrowed[number] = None
+            numbers.append(number)
+        return numbers
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Borrowed blocks that only the caller holds are no more."""
+        for number in numbers:
+            assert self._references[number] == 1 and number not in self._index
+            self._references[number] = 0
+            del self._borrowed[number]
+            self._unused_numbers.append(number)
+
+    def take_unheld(self) -> list[int]:
+        """Borrowed blocks that nobody holds any more; now the caller does, once each."""
+        unheld, self._unheld = self._unheld, []
+        for number in unheld:
+            self._references[number] = 1
+        return unheld
+
+    def unname(self, kv_blocks: Iterable[int]) -> None:
+        """Let nobody find these blocks in use any more, as when their content is lost."""
+        for kv_block in kv_blocks:
+            if kv_block in self._index:
+                self._index.discard(kv_block)
+
+    def move(self, source: int, target: int) -> None:
+        """`target`, held once by the caller, takes the place of `source`: its holders (whose tables the caller
+        rewrites) and its name. `source` is free then, or unheld if it was borrowed.
+        """
+        assert self._references[target] == 1 and target not in self._index and self._references[source] > 0
+        self._references[target], self._references[source] = self._references[source], 0
+        if source in self._index:
+            self._index.rename(source, target)
+        if source < self.kv_blocks:
+            self._blank.append(source)
+        else:
+            self._unheld.append(source)
+
     def check(self, holders: Iterable[Sequence[int]]) -> None:
         """Assert every invariant, given all block tables and reservations that exist."""
         held = Counter(kv_block for table in holders for kv_block in table)
@@ -128,6 +195,10 @@ class KvBlockPool:
             assert references == held[kv_block], (
                 f"kv_block {kv_block}: {references} references, held by {held[kv_block]}"
             )
+            if kv_block >= self.kv_blocks:
+                assert references or kv_block not in self._index, f"lost kv_block {kv_block} has a name"
+                assert references == 0 or kv_block in self._borrowed
+                continue
             free = kv_block in blank or kv_block in cached
             assert free == (references == 0), f"kv_block {kv_block}: {references} references, free={free}"
             named = kv_block in self._index
@@ -135,5 +206,8 @@ class KvBlockPool:
             assert named or kv_block not in cached, (
                 f"kv_block {kv_block} is cached but not in the prefix index"
             )
-        assert not held.keys() - range(self.kv_blocks), "a table holds a block that does not exist"
+        existing = self._borrowed.keys() | range(self.kv_blocks)
+        assert not held.keys() - existing, "a table holds a block that does not exist"
+        assert blank | cached <= set(range(self.kv_blocks)), "a borrowed block was freed like an own one"
+        assert set(self._unheld) == {number for number in self._borrowed if not self._references[number]}
         self._index.check()

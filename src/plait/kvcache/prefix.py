@@ -95,6 +95,16 @@ class PrefixIndex:
         if not copies:
             del self._copies_of_key[key]
 
+    def rename(self, kv_block: int, to: int) -> None:
+        """The content of a block is in another one from now on, which had no name."""
+        key = self._key_of_block.pop(kv_block)
+        self._key_of_block[to] = key
+        if self._block_of_key[key] == kv_block:
+            self._block_of_key[key] = to
+        else:
+            copies = self._copies_of_key[key]
+            copies[copies.index(kv_block)] = to
+
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """Blocks that hold the longest indexed prefix of a chain."""
         kv_blocks: list[int] = []

@@ -1,8 +1,48 @@
-"""The live system on a virtual clock: the same coroutines, other clock, other wires, another model.
+"""What would happen on machines that one does not have: live code on a virtual clock, in two ways.
 
-virtual_loop.py      the event loop, and processes on it that can be stopped and killed
+The live system's coroutines, with other clocks, wires and models (virtual_loop.py):
+  fault_schedule.py, faulty_network.py, machine.py, trial.py, hash_model.py, watched_engine.py: trials with faults
+
+The live system's decisions on a heap of events, for policies and capacity:
+  cluster_run.py         a run: requests arrive, end, wait, and move off machines that are gone
+  event_heap.py          what happens next; random_streams.py: random numbers by name
+  simulated_worker.py    a live scheduler, and a cost model in place of an engine
+  simulated_gateway.py   the live router, and what the machines announce
+  simulated_network.py   links; data_path.py: how requests (flight.py) flow over machines
+  faults_of_run.py       what breaks when; cluster_faults.py: carries it out
+  outcomes.py            what became of requests; timeline.py: steps and requests as a Chrome trace
 """
 
+from plait.simulator.cluster_run import ClusterRun, RunOptions
+from plait.simulator.event_heap import EventFailed, EventHeap, EventKind
+from plait.simulator.faults_of_run import FAULT_KINDS, FaultRate, RunFault, draw_faults
+from plait.simulator.outcomes import Outcomes
+from plait.simulator.random_streams import stream
+from plait.simulator.simulated_network import LinkSpec, NetworkSpec
+from plait.simulator.simulated_worker import MachineSpec, SimulatedWorker
+from plait.simulator.timeline import Timeline
 from plait.simulator.virtual_loop import Deadlock, Livelock, Process, VirtualLoop, run_virtual
 
-__all__ = ["Deadlock", "Livelock", "Process", "VirtualLoop", "run_virtual"]
+__all__ = [
+    "FAULT_KINDS",
+    "ClusterRun",
+    "Deadlock",
+    "EventFailed",
+    "EventHeap",
+    "EventKind",
+    "FaultRate",
+    "LinkSpec",
+    "Livelock",
+    "MachineSpec",
+    "NetworkSpec",
+    "Outcomes",
+    "Process",
+    "RunFault",
+    "RunOptions",
+    "SimulatedWorker",
+    "Timeline",
+    "VirtualLoop",
+    "draw_faults",
+    "run_virtual",
+    "stream",
+]

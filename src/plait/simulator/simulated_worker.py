@@ -1,0 +1,253 @@
+"""One machine: the live scheduler over a pool of KV blocks, and a cost model in place of an engine.
+
+What runs in a step, who waits, who is preempted and which prefix is shared is decided by `plait.scheduling` and
+`plait.kvcache`, as on a real machine. Here are only the loop around them, whose steps take the time that the cost
+model says, and what can befall the machine: it may crash (its memory is lost), pause, or be slow.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from plait.costs import CostModel, StepWork
+from plait.ids import PeerId, RequestId
+from plait.kvcache import KvBlockPool
+from plait.scheduling import NewRequest, ScheduledStep, Scheduler, SchedulingPolicy, StepLimits
+from plait.simulator.event_heap import EventHeap, EventKind
+
+_SMOOTHING = 0.1  # of the announced duration of steps, as workers do
+_USAGE_EVERY_STEPS = 16  # walking every block table costs more than a step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineSpec:
+    """A machine that serves a span of the model's blocks.
+
+    `kv_blocks` of `block_tokens` tokens fit on its device, `host_kv_blocks` more where preempted requests are swapped
+    to. `site` names the place it is at: links within a site are short. `price_per_hour` is its price, 0 if unknown.
+    """
+
+    name: str
+    peer: PeerId
+    blocks: range
+    costs: CostModel
+    policy: SchedulingPolicy
+    limits: StepLimits
+    kv_blocks: int
+    block_tokens: int = 16
+    host_kv_blocks: int = 0
+    site: str = ""
+    price_per_hour: float = 0.0
+
+
+@dataclass(slots=True)
+class WorkerTotals:
+    """What a machine has done since the start; survives its crashes.
+
+    `useful_kv_fractions`: of the memory held by running requests, how much was filled, seen every few steps.
+    """
+
+    steps: int = 0
+    step_tokens: int = 0
+    step_sequences: int = 0
+    busy_ns: int = 0
+    energy_j: float = 0.0
+    preemptions: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    useful_kv_fraction_sum: float = 0.0
+    held_kv_fraction_sum: float = 0.0
+    usage_samples: int = 0
+    crashes: int = 0
+
+
+StepObserver = Callable[["SimulatedWorker", ScheduledStep, int], None]
+"""Told of each step when it has run: the worker, the step, when it began."""
+
+
+class SimulatedWorker:
+    """Runs steps while there is something to run; tells `on_step` what each of them computed."""
+
+    def __init__(self, spec: MachineSpec, heap: EventHeap, on_step: StepObserver) -> None:
+        self.spec = spec
+        self.name = spec.name
+        self.peer = spec.peer
+        self.totals = WorkerTotals()
+        self.up = True
+        self.slowness = 1.0
+        self.step_s = 0.0
+        """Smoothed duration of a step, as announced."""
+        self.sessions = 0
+        """Sessions that cross it, as announced."""
+        self.queued_tokens = 0
+        """Tokens of prompts that have arrived and did not run yet, as announced."""
+        self.scheduler: Scheduler
+        self.pool: KvBlockPool
+        self._heap = heap
+        self._on_step = on_step
+        self._life = 0
+        self._paused_until_ns = 0
+        self._step: ScheduledStep | None = None
+        self._step_began_ns = 0
+        self._woken = False
+        self._inbox: list[tuple[Callable[[Any], None], Any]] = []
+        self._build()
+
+    # What comes from outside.
+
+    def submit(self, request: NewRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            BadRequest: it can never run here.
+            NoCapacity: the queue is full.
+        """
+        self.scheduler.submit(request)
+        self.wake()
+
+    def between_steps(self, action: Callable[[Any], None], what: Any) -> None:
+        """Do something that must not happen while a step runs: now, or when the step has run."""
+        if self._step is None:
+            action(what)
+            self.wake()
+        else:
+            self._inbox.append((action, what))
+
+    def forget(self, request_id: RequestId) -> None:
+        """Free all that a request holds here; an unknown one is fine."""
+        self.scheduler.cancel(request_id)
+        self.wake()
+
+    def wake(self) -> None:
+        """Something may have changed: decide on a step, once all that happens at this instant has happened."""
+        if self._step is None and not self._woken and self.up:
+            self._woken = True
+            time_ns = max(self._heap.now_ns, self._paused_until_ns)
+            self._heap.at(time_ns, EventKind.SCHEDULE, self.name, self._begin, self._life)
+
+    # What befalls it.
+
+    @property
+    def silent_until_ns(self) -> int:
+        """Until when it says nothing; in the past where it does not pause."""
+        return self._paused_until_ns
+
+    def crash(self) -> None:
+        """Lose everything in memory, at once."""
+        self._note_counts()
+        self.up = False
+        self.totals.crashes += 1
+        self._life += 1
+        self._step, self._woken = None, False
+        self.queued_tokens = 0
+        self._inbox.clear()
+
+    def restart(self) -> None:
+        """Come back with empty memory."""
+        assert not self.up
+        self.up = True
+        self._paused_until_ns = 0
+        self._build()
+
+    def pause(self, until_ns: int) -> None:
+        """Stand still: what runs ends that much later, what arrives waits."""
+        self._paused_until_ns = max(self._paused_until_ns, until_ns)
+
+    def slow(self, factor: float) -> None:
+        """Let later steps take `factor` times as long; its inverse takes that back."""
+        self.slowness *= factor
+
+    # Steps.
+
+    def _build(self) -> None:
+        spec = self.spec
+        host_pool = KvBlockPool(spec.host_kv_blocks, spec.block_tokens) if spec.host_kv_blocks else None
+        self.pool = KvBlockPool(spec.kv_blocks, spec.block_tokens)
+        self.scheduler = Scheduler(spec.policy, self.pool, host_pool, spec.limits)
+
+    def _begin(self, life: int) -> None:
+        if life != self._life:
+            return
+        if self._paused_until_ns > self._heap.now_ns:
+            self._heap.at(self._paused_until_ns, EventKind.SCHEDULE, self.name, self._begin, life)
+            return
+        self._woken = False
+        step = self.scheduler.schedule()
+        while not step.chunks and (step.admitted or step.preempted):
+            self.scheduler.complete(step)
+            step = self.scheduler.schedule()
+        if not step.chunks:
+            self.scheduler.complete(step)
+            return
+        self._step, self._step_began_ns = step, self._heap.now_ns
+        sampled = 0
+        new_tokens: list[int] = []
+        context_tokens: list[int] = []
+        for _, _, start, tokens, samples, _ in step.chunks:
+            new_tokens.append(tokens)
+            context_tokens.append(start)
+            sampled += samples
+        work = StepWork(tuple(new_tokens), tuple(context_tokens), sampled)
+        costs, totals = self.spec.costs, self.totals
+        step_s = (costs.step_s(work) + costs.host_s(work)) * self.slowness
+        self.step_s += (step_s - self.step_s) * (_SMOOTHING if self.step_s else 1.0)
+        totals.steps += 1
+        totals.step_tokens += work.features.tokens
+        totals.step_sequences += len(new_tokens)
+        totals.energy_j += costs.energy_j(work)
+        if totals.steps % _USAGE_EVERY_STEPS == 0:
+            self._sample_usage()
+        self._heap.after(step_s, EventKind.DONE, self.name, self._done, life)
+
+    def _done(self, life: int) -> None:
+        if life != self._life:
+            return
+        now_ns = self._heap.now_ns
+        if self._paused_until_ns > now_ns:
+            self._heap.at(self._paused_until_ns, EventKind.DONE, self.name, self._done, life)
+            return
+        step, self._step = self._step, None
+        assert step is not None
+        self.totals.busy_ns += now_ns - self._step_began_ns
+        self.scheduler.complete(step)
+        self._on_step(self, step, self._step_began_ns)
+        if self._inbox:
+            inbox, self._inbox = self._inbox, []
+            for action, what in inbox:
+                action(what)
+        self.wake()
+
+    # What it says of itself.
+
+    @property
+    def free_tokens(self) -> int:
+        """Context that still fits in its cache."""
+        return self.pool.free_blocks * self.pool.block_tokens
+
+    def finish_totals(self) -> WorkerTotals:
+        """Its totals, those of the present scheduler included; call it once, at the end."""
+        if self.up:
+            self._note_counts()
+        return self.totals
+
+    def check(self, *, empty: bool) -> None:
+        """Assert all invariants of its books; with `empty`, that nothing holds memory any more."""
+        if not self.up:
+            return
+        self.scheduler.check()
+        if empty:
+            assert not self.scheduler.has_requests, f"{self.name} still has requests"
+            assert self.pool.used_blocks == 0, f"{self.name} leaked {self.pool.used_blocks} KV blocks"
+
+    def _sample_usage(self) -> None:
+        usage = self.scheduler.kv_usage()
+        totals = self.totals
+        totals.usage_samples += 1
+        totals.useful_kv_fraction_sum += usage.useful_fraction
+        totals.held_kv_fraction_sum += usage.held_tokens / (self.pool.kv_blocks * self.pool.block_tokens)
+
+    def _note_counts(self) -> None:
+        counts = self.scheduler.counts()
+        self.totals.preemptions += counts.preemptions_total
+        self.totals.prefix_query_tokens += counts.prefix_query_tokens_total
+        self.totals.prefix_hit_tokens += counts.prefix_hit_tokens_total

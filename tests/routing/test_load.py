@@ -203,3 +203,12 @@ def test_any_chain_has_the_round_that_mode_load_would_give_it() -> None:
         for mode in ("latency", "throughput"):
             routed = choose_chain(view, range(24), RouteWish(mode=mode), rng=rng)
             assert expected_round_s(view, routed.chain) >= least_s * (1 - 1e-12)
+
+
+def test_a_chain_of_machines_that_leave_has_no_expected_time() -> None:
+    view = random_swarm(np.random.default_rng(0), peers=12, blocks=24)
+    chain = choose_chain(view, range(24), RouteWish(), rng=np.random.default_rng(0)).chain
+    leaving = replace(
+        view, records={peer: replace(record, state="draining") for peer, record in view.records.items()}
+    )
+    assert expected_round_s(leaving, chain) == math.inf

@@ -26,6 +26,7 @@ from dataclasses import replace
 import numpy as np
 
 from plait.cluster import SwarmView
+from plait.errors import NoRoute
 from plait.ids import PeerId
 from plait.routing.chain import Chain
 from plait.routing.costs import CACHE_PENALTY_S, SumCost, cache_is_short, seconds_per_block
@@ -71,7 +72,10 @@ def least_loaded_round(
 def expected_round_s(view: SwarmView, chain: Chain) -> float:
     """Expected seconds of a decoding round over a chain of the whole model, whichever mode chose it: what a client
     waits for each token, given the sessions that the machines announce; infinite if they do not serve it any more."""
-    graph = chain_graph(view, range(view.model_blocks), either_way=True, early_exits=True)
+    try:
+        graph = chain_graph(view, range(view.model_blocks), either_way=True, early_exits=True)
+    except NoRoute:  # machines that leave go on with the chains that they are in
+        return np.inf
     numbers = {(record.peer, int(graph.end[number])): number for number, record in enumerate(graph.records)}
     if any((hop.peer, hop.span.stop) not in numbers for hop in chain):
         return np.inf

@@ -5,7 +5,7 @@ every model that plait knows.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from plait.costs.formats import ACTIVATION_BYTES, KV_BYTES, KV_SCALE_BYTES, WEIGHT_BYTES, Formats
 from plait.costs.work import StepWork
@@ -30,6 +30,12 @@ class SpanShape:
     model: ModelSpec
     blocks: range
     formats: Formats
+    _kinds: tuple[tuple[BlockSpec, int], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Comparing blocks costs far more than a step's arithmetic, so it is done once.
+        kinds = Counter(self.model.blocks[block] for block in self.blocks)
+        object.__setattr__(self, "_kinds", tuple(kinds.items()))
 
     @property
     def weight_bytes(self) -> int:
@@ -66,7 +72,7 @@ class SpanShape:
 
     def kinds(self) -> tuple[tuple[BlockSpec, int], ...]:
         """The different blocks of the span and how many there are of each."""
-        return tuple(Counter(self.model.blocks[block] for block in self.blocks).items())
+        return self._kinds
 
     def operations(self, work: StepWork) -> tuple[OperationWork, ...]:
         """What one step computes: projections, attention and feed forward of the blocks, then the head."""

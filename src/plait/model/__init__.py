@@ -5,6 +5,7 @@ config.py    reads config.json, in both dialects, into a spec (config_reader.py:
 families.py  what distinguishes the supported families, as data
 names.py     where each family keeps its tensors, as data
 plan.py      which stored tensors a span of blocks needs, and where they go in memory
+published.py shapes of published models by name
 rope.py      inverse frequencies of rotary positions
 tiny/        the embedded default model, a Hugging Face folder
 """
@@ -20,6 +21,7 @@ from plait.model.plan import (
     name_prefix,
     plan_tensors,
 )
+from plait.model.published import PUBLISHED_SHAPES, published_spec
 from plait.model.rope import frequency_class, inverse_frequencies
 from plait.model.spec import (
     AlibiSpec,
@@ -44,6 +46,7 @@ from plait.model.spec import (
 
 __all__ = [
     "FAMILIES",
+    "PUBLISHED_SHAPES",
     "AlibiSpec",
     "AttentionSpec",
     "BlockSpec",
@@ -72,5 +75,6 @@ __all__ = [
     "name_prefix",
     "names_of",
     "plan_tensors",
+    "published_spec",
     "read_spec",
 ]

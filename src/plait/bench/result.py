@@ -1,8 +1,7 @@
 """Statistics over the requests of a run, printed and recorded as vLLM's benchmark does.
 
-Definitions, with first token f, last token e and N tokens of a request that started at a, all as the client
-sees them: TTFT f - a; TPOT (e - f) / (N - 1), none for N = 1; ITL the gaps between chunks, pooled over
-requests; E2EL e - a. Only requests that succeeded count.
+Definitions are those of `plait.metrics` (latency.py), with the gaps between chunks for ITL. Only requests that
+succeeded count.
 """
 
 import json
@@ -17,6 +16,7 @@ import numpy as np
 from plait.bench.client import RequestOutcome
 from plait.bench.options import METRICS, Metric, ServeBenchmarkOptions
 from plait.errors import BadSetup
+from plait.metrics import tpot_s
 
 _HEADINGS: dict[Metric, str] = {
     "ttft": "Time to First Token",
@@ -213,7 +213,7 @@ def _latency_s(outcome: RequestOutcome, metric: Metric) -> float:
         case "ttft":
             return outcome.ttft_s
         case "tpot":
-            return (outcome.latency_s - outcome.ttft_s) / max(outcome.output_tokens - 1, 1)
+            return tpot_s(outcome.ttft_s, outcome.latency_s, outcome.output_tokens) or 0.0
         case "e2el":
             return outcome.latency_s
         case "itl":

@@ -1,23 +1,38 @@
 """What operators scrape: every metric of the server, defined and named in one place.
 
 histogram.py   a histogram that costs well under a microsecond to feed
+latency.py     what TTFT, TPOT and the like mean, and how sure a statistic of them is
 rate.py        tokens per second over the last few seconds
 serving.py     the metrics of one server, and what feeds them
 swarm.py       those of a swarm's gateway: machines, links, sessions
 """
 
 from plait.metrics.histogram import Histogram
+from plait.metrics.latency import (
+    Estimate,
+    Objectives,
+    mean_estimate,
+    normalised_latency_s,
+    percentile_estimate,
+    tpot_s,
+)
 from plait.metrics.rate import TokenRate
 from plait.metrics.serving import EngineCounts, ObservedRequest, ServingMetrics
 from plait.metrics.swarm import MachineFacts, SwarmFacts, SwarmMetrics
 
 __all__ = [
     "EngineCounts",
+    "Estimate",
     "Histogram",
     "MachineFacts",
+    "Objectives",
     "ObservedRequest",
     "ServingMetrics",
     "SwarmFacts",
     "SwarmMetrics",
     "TokenRate",
+    "mean_estimate",
+    "normalised_latency_s",
+    "percentile_estimate",
+    "tpot_s",
 ]

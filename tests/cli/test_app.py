@@ -15,6 +15,7 @@ from plait.settings import setting_facts
 VERBS = (
     "serve",
     "join",
+    "up",
     "status",
     "leave",
     "route",

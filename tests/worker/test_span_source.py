@@ -88,6 +88,11 @@ def test_a_span_that_does_not_fit_is_refused_before_it_is_loaded(tmp_path: Path)
         asyncio.run(made.load(range(6), list, ignore_progress))
 
 
+def test_blocks_beyond_the_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadSetup, match="3:60 are asked for, and 'tiny' has 6"):
+        asyncio.run(source(tmp_path).load(range(3, 60), list, ignore_progress))
+
+
 def test_what_others_are_told_of_a_folder_is_its_name_alone(tmp_path: Path) -> None:
     made = source_of_folder(str(TINY), OPTIONS, WISHES, LIMITS, kept_rates=KeptRates(tmp_path))
     told = made.offer.told

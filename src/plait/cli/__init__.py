@@ -6,6 +6,7 @@ options.py    settings into the plain options of the packages that are started
 terminal.py   lines, tables, JSON and progress bars; logs
 serving.py    an HTTP server from socket to graceful end: what `serve`, `demo` and `chat` stand on
 serve.py      plait serve
+up.py         plait up: a gateway here, its workers on Ray (ray_cluster.py; ray_worker.py is one of them)
 demo.py       plait demo: serve the embedded model and ask it something
 miniature.py  its swarm: plait join processes of this machine, which end with it (leash.py)
 outlive.py    plait demo --kill: an answer that outlives a machine

@@ -25,15 +25,8 @@ def serve(json: JsonFlag = False, *, settings: Settings) -> None:
     if settings.engine.tensor_parallel_rank:
         take_part(settings)
         return
-    key_hashes = tuple(key.hash for key in default_key_store().load())
-    has_keys = bool(key_hashes or settings.server.api_keys)
-    host = settings.server.host
-    if not (is_loopback(host) or has_keys or settings.server.insecure_no_auth):
-        raise BadSetup(
-            f"--host {host} lets other machines in, and no API key is set: create one with 'plait token new' "
-            "or pass --api-key (or --insecure-no-auth, if anyone who can reach this address may use it)"
-        )
-    listener = listen(host, settings.server.port)
+    key_hashes, has_keys = admitted_keys(settings)
+    listener = listen(settings.server.host, settings.server.port)
     names = settings.model.served_names or (settings.model.name,)
     if json:
         say_event("listening", base_url=listener.base_url, model=names[0], process=os.getpid())
@@ -61,6 +54,23 @@ def serve(json: JsonFlag = False, *, settings: Settings) -> None:
         say_event("stopped")
     else:
         say("stopped")
+
+
+def admitted_keys(settings: Settings) -> tuple[tuple[str, ...], bool]:
+    """Hashes of the keys that are kept, and whether clients need one, of these or of the settings.
+
+    Raises:
+        BadSetup: others could reach the server, and would need none.
+    """
+    key_hashes = tuple(key.hash for key in default_key_store().load())
+    has_keys = bool(key_hashes or settings.server.api_keys)
+    host = settings.server.host
+    if not (is_loopback(host) or has_keys or settings.server.insecure_no_auth):
+        raise BadSetup(
+            f"--host {host} lets other machines in, and no API key is set: create one with 'plait token new' "
+            "or pass --api-key (or --insecure-no-auth, if anyone who can reach this address may use it)"
+        )
+    return key_hashes, has_keys
 
 
 def say_event(event: str, **fields: object) -> None:

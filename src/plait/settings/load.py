@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource
 
 from plait.errors import BadSetup
@@ -37,6 +38,21 @@ def load_settings(
     for assignment in assignments:
         path, value = _read_assignment(assignment)
         _assign(from_flags, path, value)
+    return _build(from_flags, "", from_file, f"the settings file {str(file)!r}")
+
+
+def settings_from(tree: Tree, source: str) -> Settings:
+    """Build the settings: defaults, then the environment, then a tree that was read elsewhere.
+
+    Raises:
+        BadSetup: the tree or the environment names no setting, or holds a bad value; the message names `source`.
+    """
+    _check_sections(tree, source)
+    return _build(tree, source, {}, "")
+
+
+def _build(given: Tree, given_by: str, from_file: Tree, file: str) -> Settings:
+    """`given` counts most, and is flags unless `given_by` says what else."""
     _check_variables()
 
     class Sourced(Settings):
@@ -53,9 +69,13 @@ def load_settings(
             return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=from_file)
 
     try:
-        loaded = Sourced(**from_flags)
+        loaded = Sourced(**given)
     except ValidationError as error:
-        raise BadSetup(_explain(error, from_flags, file, from_file)) from error
+        first = error.errors()[0]
+        location = [str(part) for part in first["loc"]]
+        raise BadSetup(
+            _explain(first, location, _source(location, given, given_by, from_file, file))
+        ) from error
     return Settings.model_construct(**{section: getattr(loaded, section) for section in SECTIONS})
 
 
@@ -72,10 +92,14 @@ def _read_file(file: Path) -> Tree:
         raise BadSetup(
             f"the settings file {str(file)!r} must map sections to settings, such as 'server: {{port: 8001}}'"
         )
-    for section, settings in cast(Tree, tree).items():
-        if section in SECTIONS and not isinstance(settings, dict):
-            raise BadSetup(f"section {section!r} of {str(file)!r} must map names to values, not {settings!r}")
+    _check_sections(cast(Tree, tree), repr(str(file)))
     return cast(Tree, tree)
+
+
+def _check_sections(tree: Tree, source: str) -> None:
+    for section, settings in tree.items():
+        if section in SECTIONS and not isinstance(settings, dict):
+            raise BadSetup(f"section {section!r} of {source} must map names to values, not {settings!r}")
 
 
 def _read_assignment(assignment: str) -> tuple[str, object]:
@@ -112,12 +136,9 @@ def _check_variables() -> None:
             raise BadSetup(f"the environment variable {variable} names no setting{_nearest(name, known)}")
 
 
-def _explain(error: ValidationError, from_flags: Tree, file: Path | None, from_file: Tree) -> str:
+def _explain(first: ErrorDetails, location: Sequence[str], source: str) -> str:
     """One sentence for the first mistake: which setting, from where, what is wrong."""
-    first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
     path = ".".join(location[:2])
-    source = _source(location, from_flags, file, from_file)
     if first["type"] == "extra_forbidden":
         known = {facts.path for facts in setting_facts()}
         return f"{source} sets {path!r}, which is not a setting{_nearest(path, known)}"
@@ -128,18 +149,17 @@ def _explain(error: ValidationError, from_flags: Tree, file: Path | None, from_f
     return f"{source} sets {path!r} to {shown}: {reason}"
 
 
-def _source(location: list[str], from_flags: Tree, file: Path | None, from_file: Tree) -> str:
-    facts = next((f for f in setting_facts() if location[:2] == [f.section, f.field]), None)
-    if _holds(from_flags, location):
-        return f"the flag {facts.flag} (or --set)" if facts is not None and facts.flag else "--set"
+def _source(location: Sequence[str], given: Tree, given_by: str, from_file: Tree, file: str) -> str:
+    facts = next((f for f in setting_facts() if list(location[:2]) == [f.section, f.field]), None)
+    if _holds(given, location):
+        flag = f"the flag {facts.flag} (or --set)" if facts is not None and facts.flag else "--set"
+        return given_by or flag
     if facts is not None and facts.variable in {name.upper() for name in os.environ}:
         return f"the environment variable {facts.variable}"
-    if _holds(from_file, location):
-        return f"the settings file {str(file)!r}"
-    return "something"
+    return file if _holds(from_file, location) else "something"
 
 
-def _holds(tree: Tree, location: list[str]) -> bool:
+def _holds(tree: Tree, location: Sequence[str]) -> bool:
     section, *name = location
     settings: object = tree.get(section)
     return section in tree and (not name or (isinstance(settings, dict) and name[0] in settings))

@@ -66,6 +66,12 @@ def _check_listen(address: str) -> str:
     return address
 
 
+def _check_text(blocks: object) -> object:
+    if isinstance(blocks, int):  # YAML reads 16:32 as sixty times sixteen and so on
+        raise ValueError("write a span of blocks in quotes, such as '16:32'")
+    return blocks
+
+
 def _check_blocks(blocks: str) -> str:
     span = re.fullmatch(r"(\d{1,4}):(\d{1,4})", blocks)
     if blocks not in ("auto", "none") and (span is None or int(span[1]) >= int(span[2])):
@@ -77,7 +83,7 @@ def _check_blocks(blocks: str) -> str:
 
 Address = Annotated[str | None, AfterValidator(_check_address)]
 Listen = Annotated[str, AfterValidator(_check_listen)]
-Blocks = Annotated[str, AfterValidator(_check_blocks)]
+Blocks = Annotated[str, BeforeValidator(_check_text), AfterValidator(_check_blocks)]
 Device = Annotated[str, AfterValidator(_check_device)]
 SwapBytes = Annotated[int, BeforeValidator(_read_swap)]
 SizeBytes = Annotated[int, BeforeValidator(_read_size)]

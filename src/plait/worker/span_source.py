@@ -162,8 +162,13 @@ class SpanSource:
         """Fetch what is missing of a span from `holders`, load it and measure it.
 
         Raises:
-            BadSetup: it does not fit, or its weights cannot be had.
+            BadSetup: it does not fit, its weights cannot be had, or the model has no such blocks.
         """
+        if blocks.stop > self.model_blocks:
+            raise BadSetup(
+                f"blocks {format_blocks(blocks)} are asked for, and {self._name!r} has {self.model_blocks}; choose "
+                "others with --blocks"
+            )
         weights_bytes = self._sizes.weight_bytes(blocks)
         kv_bytes = self._limits.kv_cache_bytes or self._sizes.kv_bytes(blocks, self._limits.context_tokens)
         if weights_bytes + kv_bytes > self.memory_bytes:

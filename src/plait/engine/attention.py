@@ -114,7 +114,7 @@ def _page_count(place: SequencePlace, reach: Reach, block_tokens: int) -> int:
     return -(-(place.start + place.tokens) // block_tokens) - _first_page(place, reach, block_tokens)
 
 
-def _page_index(tables: np.ndarray, store: KvStore) -> Tensor:
+def page_index(tables: np.ndarray, store: KvStore) -> Tensor:
     """Pages of the first hosted block for KV blocks [sequences, pages]: [sequences, planes * heads, pages], flat.
 
     Another hosted block's pages lie a constant further.
@@ -152,11 +152,11 @@ def _decoding_group(
         key_index = torch.arange(keys.start, keys.stop, device=device)[None]
         bounds = torch.from_numpy(np.stack([visible_from, visible_to, firsts])).to(device)[:, :, None]
         hidden = (key_index < bounds[0]) | (key_index >= bounds[1])
-        bias = _bias(
+        bias = attention_bias(
             hidden[:, None, None, None], (key_index + bounds[2])[:, None, None, None], reach, kv_heads, dtype
         )
     rows = slice(members[0].row, members[0].row + len(members))
-    return KeyGroup(rows, len(members), _page_index(tables, store), keys, bias, causal=False)
+    return KeyGroup(rows, len(members), page_index(tables, store), keys, bias, causal=False)
 
 
 def _prefill_group(
@@ -172,7 +172,7 @@ def _prefill_group(
     pages = None
     if place.start > 0:
         table = np.array(place.kv_blocks[first : -(-stop // block_tokens)], dtype=np.int64)[None]
-        pages = _page_index(table, store)
+        pages = page_index(table, store)
     key_positions = torch.arange(first * block_tokens, stop, device=device)[None]
     positions = torch.arange(place.start, stop, device=device)[:, None]
     hidden = key_positions > positions
@@ -180,11 +180,13 @@ def _prefill_group(
         hidden |= key_positions <= positions - reach.window_tokens
     if reach.chunk_tokens is not None:
         hidden |= key_positions < positions - positions % reach.chunk_tokens
-    bias = _bias(hidden[None, None, None], key_positions[None, None, None], reach, kv_heads, dtype)
+    bias = attention_bias(hidden[None, None, None], key_positions[None, None, None], reach, kv_heads, dtype)
     return KeyGroup(rows, 1, pages, slice(0, stop - first * block_tokens), bias, causal=False)
 
 
-def _bias(hidden: Tensor, key_positions: Tensor, reach: Reach, kv_heads: int, dtype: torch.dtype) -> Tensor:
+def attention_bias(
+    hidden: Tensor, key_positions: Tensor, reach: Reach, kv_heads: int, dtype: torch.dtype
+) -> Tensor:
     """What is added to the scores: minus infinity where hidden, and ALiBi's slope times the key's position."""
     if reach.alibi is None:
         zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plait.engine.remote_kv import RemoteKv
 from plait.errors import BadSetup
 from plait.model import ModelSpec
 from plait.scheduling import ScheduledStep
@@ -112,6 +113,8 @@ class KvStore(KvExtents):
         self.pages_per_kv_block = len(blocks) * self.pages_per_layer
         elements = self.pages_per_kv_block * block_tokens * self.dim
         super().__init__(blocks, kv_blocks, block_tokens, elements, dtype, device)
+        self.remote: RemoteKv | None = None
+        """Where blocks are whose numbers lie beyond `kv_blocks`."""
         self.pages = self.extents.view(-1, block_tokens * self.dim)
         self.vectors = self.extents.view(-1, self.dim)
 

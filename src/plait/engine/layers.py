@@ -11,6 +11,7 @@ from torch import Tensor
 from plait.engine.attention import KeyGroup, Reach, attend, gather
 from plait.engine.loader import Weights
 from plait.engine.moe import route, run_experts
+from plait.engine.split_attention import begin_split
 from plait.engine.step import Step
 from plait.model import AttentionSpec, MlpSpec, MoeSpec, NormSpec
 
@@ -127,9 +128,14 @@ class Attention:
             query = query * step.temperature(spec.temperature)
         step.write(self._layer, 0, key)
         step.write(self._layer, 1, value)
+        begun = [
+            begin_split(step.store, group, self._layer, query[group.rows])
+            for group in step.split_groups(self._reach, spec.kv_heads)
+        ]
         attended = [
             self._attend(group, query, key, value, step) for group in step.groups(self._reach, spec.kv_heads)
         ]
+        attended += [each.finish(spec, self._sinks) for each in begun]
         flat = attended[0] if len(attended) == 1 else torch.cat(attended)
         return self._out(flat.reshape(tokens, -1))
 
@@ -198,10 +204,20 @@ class LatentAttention:
         query_nope, query_rope = query[..., : latent.nope_dim], rotated[:, :-1]
         rows = torch.cat((self._norm(compressed), rotated[:, -1]), dim=-1)  # [tokens, kv_rank + rope_dim]
         step.write(self._layer, 0, rows)
+        begun = [
+            begin_split(
+                step.store,
+                group,
+                self._layer,
+                self._absorbed(query_nope[group.rows], query_rope[group.rows]),
+            )
+            for group in step.split_groups(self._reach, spec.heads)
+        ]
         attended = [
             self._attend(group, query_nope, query_rope, rows, step)
             for group in step.groups(self._reach, spec.heads)
         ]
+        attended += [self._expanded(each.finish(spec)) for each in begun]
         flat = attended[0] if len(attended) == 1 else torch.cat(attended)
         return self._out(flat.reshape(tokens, -1))
 
@@ -220,13 +236,19 @@ class LatentAttention:
         return self._attend_expanded(nope, rope, seen[0], group)
 
     def _attend_absorbed(self, nope: Tensor, rope: Tensor, seen: Tensor, group: KeyGroup) -> Tensor:
-        absorbed = torch.bmm(nope.transpose(0, 1), self._key_up).transpose(
-            0, 1
-        )  # [sequences, heads, kv_rank]
-        query = torch.cat((absorbed, rope), dim=-1)[:, None]
+        query = self._absorbed(nope, rope)[:, None]
         # Values are the latents; attending over whole rows keeps keys and values equally wide, as fused kernels ask.
         rows = seen[:, None]
         attended = attend(query, rows, rows, group, self._spec.scale)[..., : self._latent.kv_rank]
+        return self._expanded(attended)
+
+    def _absorbed(self, nope: Tensor, rope: Tensor) -> Tensor:
+        """Queries in latent space, [tokens, heads, kv_rank + rope_dim]."""
+        absorbed = torch.bmm(nope.transpose(0, 1), self._key_up).transpose(0, 1)  # [tokens, heads, kv_rank]
+        return torch.cat((absorbed, rope), dim=-1)
+
+    def _expanded(self, attended: Tensor) -> Tensor:
+        """From attended latents [tokens, heads, kv_rank] to values, [tokens, heads, value_dim]."""
         return torch.bmm(attended.transpose(0, 1), self._value_down).transpose(0, 1)
 
     def _attend_expanded(self, nope: Tensor, rope: Tensor, seen: Tensor, group: KeyGroup) -> Tensor:

@@ -1,8 +1,8 @@
 # pyright: standard
 """One forward pass as data: the flat batch that chunks make, and what all blocks share while it runs.
 
-Inside, the batch is ordered for attention: sequences that bring one token first, longest context first. Callers see
-chunk order only.
+Inside, the batch is ordered for attention: sequences that bring one token first, longest context first, and last those
+that have KV blocks on other machines. Callers see chunk order only.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from torch import Tensor
 from plait.engine.attention import KeyGroup, Reach, Scratch, SequencePlace, plan_attention
 from plait.engine.kv_store import KvStore
 from plait.engine.rotary import FrequencyTables, Rotation
+from plait.engine.split_attention import SplitGroup, plan_split
 from plait.model import RopeSpec, TemperatureSpec
 
 
@@ -49,10 +50,13 @@ class Step:
         self.store = store
         self.scratch = Scratch(dtype, store.pages.device)
         self._tables, self._dtype = tables, dtype
+        remote = store.remote is not None
+        split = [remote and max(chunk.kv_blocks) >= store.kv_blocks for chunk in chunks]
         self._order = sorted(
             range(len(chunks)),
-            key=lambda i: (len(chunks[i].token_ids) > 1, -(chunks[i].start // store.block_tokens)),
+            key=lambda i: (split[i], len(chunks[i].token_ids) > 1, -(chunks[i].start // store.block_tokens)),
         )
+        self._whole = len(chunks) - sum(split)
         self._chunks = chunks
         self._sorted = [chunks[index] for index in self._order]
         self._counts = [len(chunk.token_ids) for chunk in self._sorted]
@@ -77,13 +81,14 @@ class Step:
         self.token_ids, self.positions = packed[:tokens], packed[tokens : 2 * tokens]
         self._write_places = packed[2 * tokens :].view(places.shape).unbind()
         self._groups: dict[tuple[Reach, int], list[KeyGroup]] = {}
+        self._split_groups: dict[tuple[Reach, int], list[SplitGroup]] = {}
         self._rotations: dict[RopeSpec, Rotation] = {}
         self._temperatures: dict[TemperatureSpec, Tensor] = {}
 
     def _positions_and_blocks(self) -> tuple[np.ndarray, np.ndarray]:
         """Position and KV block of every token; decoding sequences, of which there may be hundreds, in one go."""
         block_tokens = self.store.block_tokens
-        decoding = self._counts.count(1)
+        decoding = self._counts[: self._whole].count(1)
         positions = [np.array([c.start for c in self._sorted[:decoding]], dtype=np.int64)]
         kv_blocks = [
             np.array([c.kv_blocks[c.start // block_tokens] for c in self._sorted[:decoding]], dtype=np.int64)
@@ -104,11 +109,22 @@ class Step:
         self.store.vectors.index_copy_(0, place, vectors.reshape(-1, self.store.dim))
 
     def groups(self, reach: Reach, kv_heads: int) -> list[KeyGroup]:
-        """The attention plan for blocks of this reach."""
+        """The attention plan for blocks of this reach: of sequences whose KV blocks are all here; they come first."""
         key = (reach, kv_heads)
         if key not in self._groups:
-            self._groups[key] = plan_attention(self.places, reach, self.store, kv_heads, self._dtype)
+            here = self.places[: self._whole]
+            self._groups[key] = plan_attention(here, reach, self.store, kv_heads, self._dtype)
         return self._groups[key]
+
+    def split_groups(self, reach: Reach, kv_heads: int) -> list[SplitGroup]:
+        """The plan for the other sequences, one group each."""
+        key = (reach, kv_heads)
+        if key not in self._split_groups:
+            split = self.places[self._whole :]
+            self._split_groups[key] = [
+                plan_split(place, reach, self.store, kv_heads, self._dtype) for place in split
+            ]
+        return self._split_groups[key]
 
     def rotation(self, rope: RopeSpec) -> Rotation:
         """Cosines and sines of the step's tokens."""

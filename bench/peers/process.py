@@ -76,6 +76,10 @@ class EngineProcess:
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
 
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
     def memory_bytes(self) -> dict[str, int]:
         """See `machine.memory_bytes`; of the process and all that it started."""
         return memory_bytes(process_tree(self._process.pid))

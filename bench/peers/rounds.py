@@ -5,13 +5,22 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from peers.engines import Choice
 from peers.machine import Limit, OtherLoad, Probe, preferred_session, wait_until_quiet
 from peers.process import EngineDied, EngineProcess
 
-Running = TypeVar("Running", bound=EngineProcess)
+
+class Suspendable(Protocol):
+    """Leaves the cores to others between its turns."""
+
+    def suspend(self) -> None: ...
+    def resume(self) -> None: ...
+
+
+Started = TypeVar("Started", bound=EngineProcess)
+Running = TypeVar("Running", bound=Suspendable)
 Sample = dict[str, Any]
 
 # A turn during which others took more of the cores than this is taken again.
@@ -19,10 +28,10 @@ DISTURBED_CORES = 0.15
 
 
 def start(
-    stack: ExitStack, choices: Sequence[Choice], make: Callable[[Choice], Running], absent: dict[str, str]
-) -> dict[str, Running]:
+    stack: ExitStack, choices: Sequence[Choice], make: Callable[[Choice], Started], absent: dict[str, str]
+) -> dict[str, Started]:
     """Start what is installed, one after another, each suspended when ready; `absent` says what is not, and why."""
-    running: dict[str, Running] = {}
+    running: dict[str, Started] = {}
     for choice in choices:
         if choice.missing:
             absent[choice.name] = f"not installed: {choice.missing}"

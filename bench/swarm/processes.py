@@ -133,9 +133,9 @@ class SwarmOfProcesses:
             machine.end()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def start(self, name: str, blocks: str) -> None:
-        """Start a machine, or start it again after it was killed."""
-        arguments = ("join", self.ticket, "--name", name, "--blocks", blocks, "--json")
+    def start(self, name: str, blocks: str, *more: str) -> None:
+        """Start a machine, or start it again after it was killed; `more` goes to `plait join`."""
+        arguments = ("join", self.ticket, "--name", name, "--blocks", blocks, "--json", *more)
         self.machines[name] = self._start(name, (*arguments, "--set", "swarm.announce_s=1"))
 
     def wait_ready(self, *names: str) -> None:

@@ -10,7 +10,8 @@ The live system's decisions on a heap of events, for policies and capacity:
   simulated_gateway.py   the live router, and what the machines announce
   simulated_network.py   links; data_path.py: how requests (flight.py) flow over machines
   faults_of_run.py       what breaks when; cluster_faults.py: carries it out
-  outcomes.py            what became of requests; timeline.py: steps and requests as a Chrome trace
+  outcomes.py            what became of requests; report.py: that in numbers; timeline.py: as a Chrome trace
+  scenario.py            all of it from a YAML file (scenario_run.py builds the run); scenarios/: examples
 """
 
 from plait.simulator.cluster_run import ClusterRun, RunOptions
@@ -18,6 +19,9 @@ from plait.simulator.event_heap import EventFailed, EventHeap, EventKind
 from plait.simulator.faults_of_run import FAULT_KINDS, FaultRate, RunFault, draw_faults
 from plait.simulator.outcomes import Outcomes
 from plait.simulator.random_streams import stream
+from plait.simulator.report import attained, latency_samples, report_of
+from plait.simulator.scenario import Scenario, load_scenario, parse_scenario
+from plait.simulator.scenario_run import objectives_of, run_of_scenario
 from plait.simulator.simulated_network import LinkSpec, NetworkSpec
 from plait.simulator.simulated_worker import MachineSpec, SimulatedWorker
 from plait.simulator.timeline import Timeline
@@ -39,10 +43,18 @@ __all__ = [
     "Process",
     "RunFault",
     "RunOptions",
+    "Scenario",
     "SimulatedWorker",
     "Timeline",
     "VirtualLoop",
+    "attained",
     "draw_faults",
+    "latency_samples",
+    "load_scenario",
+    "objectives_of",
+    "parse_scenario",
+    "report_of",
+    "run_of_scenario",
     "run_virtual",
     "stream",
 ]

@@ -145,6 +145,8 @@ class ClusterRun:
     def _finish(self) -> None:
         """Everything is over: nothing may be left, and the mean in flight is rate times mean time (Little 1961)."""
         self._count_in_flight()
+        for worker in self.workers.values():
+            worker.note_counts()
         self.check(empty=True)
         times_ns = sum(map(ns_of, self.outcomes.end_s))
         assert abs(times_ns - self._late_ns - self.in_flight_ns) <= len(self.outcomes), (

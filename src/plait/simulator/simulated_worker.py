@@ -134,7 +134,7 @@ class SimulatedWorker:
 
     def crash(self) -> None:
         """Lose everything in memory, at once."""
-        self._note_counts()
+        self.note_counts()
         self.up = False
         self.totals.crashes += 1
         self._life += 1
@@ -224,12 +224,6 @@ class SimulatedWorker:
         """Context that still fits in its cache."""
         return self.pool.free_blocks * self.pool.block_tokens
 
-    def finish_totals(self) -> WorkerTotals:
-        """Its totals, those of the present scheduler included; call it once, at the end."""
-        if self.up:
-            self._note_counts()
-        return self.totals
-
     def check(self, *, empty: bool) -> None:
         """Assert all invariants of its books; with `empty`, that nothing holds memory any more."""
         if not self.up:
@@ -246,7 +240,10 @@ class SimulatedWorker:
         totals.useful_kv_fraction_sum += usage.useful_fraction
         totals.held_kv_fraction_sum += usage.held_tokens / (self.pool.kv_blocks * self.pool.block_tokens)
 
-    def _note_counts(self) -> None:
+    def note_counts(self) -> None:
+        """Add what the present scheduler has counted to the totals: before its memory is lost, and at the end."""
+        if not self.up:
+            return
         counts = self.scheduler.counts()
         self.totals.preemptions += counts.preemptions_total
         self.totals.prefix_query_tokens += counts.prefix_query_tokens_total

@@ -1,0 +1,276 @@
+"""A scenario: cluster, model, workload, policies and faults of a run, as one YAML file.
+
+    model: opt-13b
+    machines:
+      - {name: replica, count: 8, device: a100-40gb}
+    workload: {requests: 1000, lengths: sharegpt-like, rate_per_s: 20}
+
+Every field has a unit in its name, or takes a size such as "16GiB". What is wrong is said with file, field and fix.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from plait.errors import BadRequest, BadSetup
+from plait.routing import RouteMode
+from plait.scheduling import POLICY_NAMES
+from plait.simulator.faults_of_run import RunFaultKind
+from plait.units import parse_bytes
+
+MAX_SCENARIO_BYTES = 1 << 20
+
+
+def _size(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            return parse_bytes(value)
+        except BadRequest as error:
+            raise ValueError(error.message) from None
+    return value
+
+
+Size = Annotated[int, BeforeValidator(_size), Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LimitsPart(_Part):
+    """Of a step and of the queues; see `StepLimits`."""
+
+    step_tokens: int = Field(2048, ge=1)
+    max_running_sequences: int = Field(256, ge=1)
+    max_waiting: int = Field(100_000, ge=1)
+    long_prefill_tokens: int | None = Field(None, ge=1)
+    watermark_fraction: float = Field(0.01, ge=0, lt=1)
+    preemption: Literal["recompute", "swap", "auto"] = "auto"
+
+
+class LinearPart(_Part):
+    """Costs that are given: seconds of a step, of each token in it, and of each token of context that it reads."""
+
+    per_step_s: NotNegative
+    per_token_s: NotNegative = 0.0
+    per_context_token_s: NotNegative = 0.0
+    host_s: NotNegative = 0.0
+
+
+class MachinePart(_Part):
+    """`count` equal machines. Their costs come from one of three: a published `device` (a roofline; `devices` of them
+    add up), a `profile` that was measured, or `linear` ones."""
+
+    name: str = Field(min_length=1, max_length=64)
+    count: int = Field(1, ge=1, le=100_000)
+    blocks: str | None = None
+    device: str | None = None
+    devices: int = Field(1, ge=1)
+    profile: Path | None = None
+    linear: LinearPart | None = None
+    efficiency_fraction: float | None = Field(None, gt=0, le=1)
+    host_s: NotNegative = 0.0
+    weights: str = "bf16"
+    kv: str = "bf16"
+    memory: Size | None = None
+    kv_memory: Size | None = None
+    swap_memory: Size = 0
+    block_tokens: int = Field(16, ge=1)
+    scheduling: str = "paged"
+    limits: LimitsPart = LimitsPart()
+    site: str = ""
+    price_per_hour: NotNegative = 0.0
+    noise: NotNegative = 0.0
+    extrapolate: bool = False
+
+
+class LinkPart(_Part):
+    """A link's delay and bandwidth, the same in both directions."""
+
+    one_way_s: NotNegative
+    bandwidth_bytes_per_s: Positive
+
+
+class PairPart(LinkPart):
+    """The links between two sites."""
+
+    sites: tuple[str, str]
+
+
+class NetworkPart(_Part):
+    """Links within a site, between sites, and between certain sites; and where requests come in."""
+
+    within: LinkPart = LinkPart(one_way_s=1e-4, bandwidth_bytes_per_s=1.25e9)
+    between: LinkPart = LinkPart(one_way_s=0.02, bandwidth_bytes_per_s=1.25e7)
+    pairs: tuple[PairPart, ...] = ()
+    gateway_site: str = ""
+
+
+class WorkloadPart(_Part):
+    """Requests of a `trace` file, or `requests` drawn: lengths of a named mix at `rate_per_s` (0: all at once)."""
+
+    trace: Path | None = None
+    requests: int | None = Field(None, ge=1, le=100_000_000)
+    lengths: str = "sharegpt-like"
+    rate_per_s: NotNegative | None = None
+    burstiness: Positive = 1.0
+    max_request_tokens: int | None = Field(None, ge=2)
+
+
+class RoutingPart(_Part):
+    """The gateway's default route, as `plait serve --route-mode` and `--route-pick`."""
+
+    mode: str = "load"
+    pick: str = "balanced"
+
+
+class FaultPart(_Part):
+    """One fault; `machines` by name (of several, replica-0, replica-1, ...)."""
+
+    kind: RunFaultKind
+    at_s: NotNegative
+    duration_s: Positive
+    machines: tuple[str, ...] = Field(min_length=1)
+    strength: Positive | None = None
+
+
+class FaultRatePart(_Part):
+    """Faults at random: `per_hour` in the whole cluster, each of about `mean_s`."""
+
+    kind: RunFaultKind
+    per_hour: Positive
+    mean_s: Positive
+    strength: Positive | None = None
+
+
+class ObjectivesPart(_Part):
+    """What a good request stays within."""
+
+    ttft_s: Positive | None = None
+    tpot_s: Positive | None = None
+    widest_gap_s: Positive | None = None
+
+
+class RunPart(_Part):
+    """How the run goes; see `RunOptions`."""
+
+    sessions_per_machine: int | None = Field(None, ge=1)
+    patience_s: Positive = 120.0
+    announce_s: Positive = 5.0
+    silence_s: Positive = 3.0
+    check: Literal["event", "some", "end"] = "some"
+
+
+class Scenario(_Part):
+    """All of it."""
+
+    name: str = ""
+    seed: int = Field(0, ge=0)
+    model: str
+    machines: tuple[MachinePart, ...] = Field(min_length=1)
+    network: NetworkPart = NetworkPart()
+    workload: WorkloadPart
+    routing: RoutingPart = RoutingPart()
+    faults: tuple[FaultPart, ...] = ()
+    random_faults: tuple[FaultRatePart, ...] = ()
+    objectives: ObjectivesPart = ObjectivesPart()
+    run: RunPart = RunPart()
+
+
+def load_scenario(file: Path) -> Scenario:
+    """Read a scenario.
+
+    Raises:
+        BadSetup: the file cannot be read or is no scenario; the message names file, field and fix.
+    """
+    try:
+        if file.stat().st_size > MAX_SCENARIO_BYTES:
+            raise BadSetup(
+                f"the scenario {str(file)!r} is larger than any real one ({MAX_SCENARIO_BYTES} bytes)"
+            )
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadSetup(f"the scenario {str(file)!r} cannot be read: {error}") from error
+    return parse_scenario(text, str(file))
+
+
+def parse_scenario(text: str, where: str) -> Scenario:
+    """Read a scenario's text; `where` names it in messages.
+
+    Raises:
+        BadSetup: see `load_scenario`.
+    """
+    try:
+        tree: object = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadSetup(f"{where} is not YAML: {error}".replace("\n", " ")) from error
+    if not isinstance(tree, dict):
+        raise BadSetup(f"{where} must map names to values, and have at least model, machines and workload")
+    try:
+        scenario = Scenario.model_validate(tree)
+    except ValidationError as error:
+        raise BadSetup(_explain(error, where)) from error
+    _check(scenario, where)
+    return scenario
+
+
+def _check(scenario: Scenario, where: str) -> None:
+    """What one field says of another."""
+    for place, machine in enumerate(scenario.machines):
+        at = f"{where}: machines.{place} ({machine.name!r})"
+        given = [name for name in ("device", "profile", "linear") if getattr(machine, name) is not None]
+        if len(given) != 1:
+            raise BadSetup(
+                f"{at} has {' and '.join(given) or 'no costs'}; give one of device (a published one), profile (a "
+                "file of plait profile) and linear"
+            )
+        if machine.linear is not None and machine.kv_memory is None:
+            raise BadSetup(
+                f"{at} has linear costs and no kv_memory; nothing else says how much context fits it"
+            )
+        if machine.scheduling not in POLICY_NAMES:
+            raise BadSetup(
+                f"{at}: scheduling is {machine.scheduling!r}; choose one of {', '.join(POLICY_NAMES)}"
+            )
+    names = [machine.name for machine in scenario.machines]
+    if len(set(names)) < len(names):
+        raise BadSetup(f"{where}: machines must have different names, not {', '.join(names)}")
+    if scenario.routing.mode not in get_args(RouteMode) or scenario.routing.mode == "pinned":
+        modes = ", ".join(mode for mode in get_args(RouteMode) if mode != "pinned")
+        raise BadSetup(f"{where}: routing.mode is {scenario.routing.mode!r}; choose one of {modes}")
+    workload = scenario.workload
+    if workload.trace is None and (workload.requests is None or workload.rate_per_s is None):
+        raise BadSetup(f"{where}: workload needs a trace, or requests and rate_per_s (0 sends all at once)")
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    """One sentence for the first mistake."""
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        *parents, name = first["loc"]
+        known = _fields_at(parents)
+        close = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+        return f"{where}: there is no field {path!r}; {hint}"
+    if first["type"] == "missing":
+        return f"{where}: the field {path!r} is missing"
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {path} is {first['input']!r:.80}: {reason[0].lower()}{reason[1:]}"
+
+
+def _fields_at(parents: list[int | str]) -> list[str]:
+    """Fields of the part that a path leads to."""
+    part: Any = Scenario
+    for step in parents:
+        if isinstance(step, int):
+            continue
+        annotation = part.model_fields[step].annotation
+        inner = [each for each in (annotation, *get_args(annotation)) if isinstance(each, type)]
+        part = next((each for each in inner if issubclass(each, BaseModel)), part)
+    return sorted(cast("dict[str, object]", part.model_fields))

@@ -1,0 +1,311 @@
+"""From a scenario to a run: costs, memory and links of every machine, the requests, what breaks."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from plait.cluster import peer_id_of_name
+from plait.costs import (
+    ASSUMED,
+    MAX_PROFILE_BYTES,
+    CostModel,
+    Device,
+    Efficiency,
+    Formats,
+    HostOverhead,
+    NoisyCosts,
+    RooflineCosts,
+    SpanShape,
+    StepWork,
+    device_named,
+    parse_profile,
+)
+from plait.errors import BadRequest, BadSetup
+from plait.metrics import Objectives
+from plait.model import ModelSpec, published_spec, read_spec
+from plait.routing import RouteWish, parse_pick
+from plait.scheduling import StepLimits, policy_named
+from plait.simulator.cluster_run import ClusterRun, RunOptions
+from plait.simulator.faults_of_run import DEFAULT_STRENGTH, FaultRate, RunFault, check_fault, draw_faults
+from plait.simulator.random_streams import stream
+from plait.simulator.scenario import LinearPart, LinkPart, MachinePart, Scenario
+from plait.simulator.simulated_network import LinkSpec, NetworkSpec
+from plait.simulator.simulated_worker import MachineSpec
+from plait.simulator.timeline import Timeline
+from plait.workload import TraceRequest, arrival_times_s, length_mix_named, parse_trace, synthesize_trace
+
+KV_FRACTION = 0.9
+"""Part of a device's memory that weights and cache fill; the rest is for activations, as in vLLM."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearCosts:
+    """A `CostModel` that somebody gives: see `LinearPart`; memory and hidden states are those of the span's shape."""
+
+    given: LinearPart
+    shape: SpanShape
+    idle_watts: float = 0.0
+    extrapolated_steps: int = 0
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.shape.weight_bytes
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self.shape.kv_bytes_per_token
+
+    @property
+    def hidden_bytes_per_token(self) -> int:
+        return self.shape.hidden_bytes_per_token
+
+    def step_s(self, work: StepWork) -> float:
+        features, given = work.features, self.given
+        return (
+            given.per_step_s
+            + given.per_token_s * features.tokens
+            + given.per_context_token_s * features.context_tokens
+        )
+
+    def host_s(self, work: StepWork) -> float:
+        del work
+        return self.given.host_s
+
+    def energy_j(self, work: StepWork) -> float:
+        del work
+        return 0.0
+
+
+def run_of_scenario(scenario: Scenario, folder: Path, *, timeline: Timeline | None = None) -> ClusterRun:
+    """Build the run; `folder` is where files that the scenario names are looked for.
+
+    Raises:
+        BadSetup: something does not exist or does not fit. MissingCost: a machine's costs are not known; the message
+            says which.
+    """
+    spec = _model(scenario.model, folder)
+    machines = [
+        machine for part in scenario.machines for machine in _machines(part, spec, folder, seed=scenario.seed)
+    ]
+    requests = _requests(scenario, spec, folder)
+    names = [machine.name for machine in machines]
+    return ClusterRun(
+        machines,
+        _network(scenario),
+        model_blocks=len(spec.blocks),
+        options=_options(scenario),
+        requests=requests,
+        faults=_faults(scenario, names, requests[-1].arrival_s),
+        timeline=timeline,
+    )
+
+
+def objectives_of(scenario: Scenario) -> Objectives:
+    """What a good request of this scenario stays within."""
+    limits = scenario.objectives
+    return Objectives(ttft_s=limits.ttft_s, tpot_s=limits.tpot_s, widest_gap_s=limits.widest_gap_s)
+
+
+def _model(name: str, folder: Path) -> ModelSpec:
+    config = folder / name / "config.json"
+    if not config.is_file():
+        return published_spec(name)
+    import json
+
+    try:
+        tree: object = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadSetup(f"{config} cannot be read as JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise BadSetup(f"{config} holds no JSON object")
+    return read_spec(tree, str(config))  # pyright: ignore[reportUnknownArgumentType]  read_spec checks every key
+
+
+def _machines(part: MachinePart, spec: ModelSpec, folder: Path, *, seed: int) -> list[MachineSpec]:
+    blocks = _blocks(part, len(spec.blocks))
+    costs = _costs(part, SpanShape(spec, blocks, Formats(weights=part.weights, kv=part.kv)), folder)
+    kv_blocks = _kv_bytes(part, costs) // (costs.kv_bytes_per_token * part.block_tokens)
+    if kv_blocks < 1:
+        raise BadSetup(
+            f"machine {part.name!r} has no room for a single KV block of {part.block_tokens} tokens beside its "
+            "weights; give it more memory, more devices or fewer blocks"
+        )
+    host_kv_blocks = part.swap_memory // (costs.kv_bytes_per_token * part.block_tokens)
+    limits = part.limits
+    machines: list[MachineSpec] = []
+    for number in range(part.count):
+        name = part.name if part.count == 1 else f"{part.name}-{number}"
+        own = NoisyCosts(costs, part.noise, stream(seed, f"noise/{name}")) if part.noise else costs
+        machines.append(
+            MachineSpec(
+                name=name,
+                peer=peer_id_of_name(name),
+                blocks=blocks,
+                costs=own,
+                policy=policy_named(part.scheduling),
+                limits=StepLimits(**limits.model_dump()),
+                kv_blocks=kv_blocks,
+                block_tokens=part.block_tokens,
+                host_kv_blocks=host_kv_blocks,
+                site=part.site,
+                price_per_hour=part.price_per_hour,
+            )
+        )
+    return machines
+
+
+def _blocks(part: MachinePart, model_blocks: int) -> range:
+    if part.blocks is None:
+        return range(model_blocks)
+    first, colon, end = part.blocks.partition(":")
+    if not (colon and first.isdigit() and end.isdigit() and 0 <= int(first) < int(end) <= model_blocks):
+        raise BadSetup(
+            f"machine {part.name!r}: blocks {part.blocks!r} are no span of a model of {model_blocks} blocks; write "
+            f"for example '0:{model_blocks}'"
+        )
+    return range(int(first), int(end))
+
+
+def _costs(part: MachinePart, shape: SpanShape, folder: Path) -> CostModel:
+    if part.linear is not None:
+        return LinearCosts(given=part.linear, shape=shape)
+    host = HostOverhead(per_step_s=part.host_s)
+    if part.device is not None:
+        fraction = part.efficiency_fraction
+        efficiency = ASSUMED
+        if fraction is not None:
+            efficiency = Efficiency(bandwidth_fraction=fraction, compute_fractions=(fraction,))
+        device = several(device_named(part.device), part.devices)
+        return RooflineCosts(shape=shape, device=device, efficiency=efficiency, host=host)
+    assert part.profile is not None
+    file = folder / part.profile
+    try:
+        if file.stat().st_size > MAX_PROFILE_BYTES:
+            raise BadSetup(f"the profile {str(file)!r} of machine {part.name!r} is larger than any real one")
+        content = file.read_bytes()
+    except OSError as error:
+        raise BadSetup(
+            f"the profile {str(file)!r} of machine {part.name!r} cannot be read: {error}"
+        ) from error
+    profile = parse_profile(content, where=str(file))
+    if profile.model.model_blocks != len(shape.model.blocks):
+        raise BadSetup(
+            f"the profile {str(file)!r} of machine {part.name!r} is of {profile.model.name!r}, a model of "
+            f"{profile.model.model_blocks} blocks, and the scenario's has {len(shape.model.blocks)}; profile that one"
+        )
+    return profile.table_costs(shape.blocks, extrapolates=part.extrapolate)
+
+
+def several(device: Device, count: int) -> Device:
+    """So many devices as one, whose peaks and memory add up: tensor parallelism without the cost of its collectives."""
+    if count == 1:
+        return device
+    power = replace(
+        device.power,
+        idle_watts=device.power.idle_watts * count,
+        busy_watts=device.power.busy_watts * count,
+    )
+    return replace(
+        device,
+        name=f"{count} x {device.name}",
+        flops_per_s={kind: peak * count for kind, peak in device.flops_per_s.items()},
+        bandwidth_bytes_per_s=device.bandwidth_bytes_per_s * count,
+        memory_bytes=device.memory_bytes * count,
+        power=power,
+    )
+
+
+def _kv_bytes(part: MachinePart, costs: CostModel) -> int:
+    if part.kv_memory is not None:
+        return part.kv_memory
+    memory_bytes = part.memory
+    if memory_bytes is None and part.device is not None:
+        memory_bytes = device_named(part.device).memory_bytes * part.devices
+    if memory_bytes is None:
+        raise BadSetup(
+            f"machine {part.name!r} has neither memory nor kv_memory; say what its profile does not"
+        )
+    return int(memory_bytes * KV_FRACTION) - costs.weight_bytes
+
+
+def _network(scenario: Scenario) -> NetworkSpec:
+    def link(part: LinkPart) -> LinkSpec:
+        return LinkSpec(one_way_s=part.one_way_s, bandwidth_bytes_per_s=part.bandwidth_bytes_per_s)
+
+    network = scenario.network
+    pairs: Mapping[tuple[str, str], LinkSpec] = {
+        (min(pair.sites), max(pair.sites)): link(pair) for pair in network.pairs
+    }
+    return NetworkSpec(
+        within=link(network.within),
+        between=link(network.between),
+        pairs=pairs,
+        gateway_site=network.gateway_site,
+    )
+
+
+def _requests(scenario: Scenario, spec: ModelSpec, folder: Path) -> tuple[TraceRequest, ...]:
+    workload = scenario.workload
+    longest = workload.max_request_tokens or spec.max_model_tokens
+    if workload.trace is not None:
+        file = folder / workload.trace
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadSetup(f"the trace {str(file)!r} cannot be read: {error}") from error
+        return parse_trace(lines, where=str(file))[: workload.requests]
+    assert workload.requests is not None and workload.rate_per_s is not None
+    rate = workload.rate_per_s or math.inf
+    arrivals_s = arrival_times_s(
+        workload.requests, rate, workload.burstiness, stream(scenario.seed, "workload/arrivals")
+    )
+    return synthesize_trace(
+        arrivals_s.tolist(),
+        length_mix_named(workload.lengths),
+        stream(scenario.seed, "workload/lengths"),
+        most_total_tokens=longest,
+    )
+
+
+def _options(scenario: Scenario) -> RunOptions:
+    run = scenario.run
+    try:
+        wish = RouteWish(mode=scenario.routing.mode, pick=parse_pick(scenario.routing.pick))  # pyright: ignore[reportArgumentType]  RouteWish checks it
+    except BadRequest as error:
+        raise BadSetup(f"routing: {error.message}") from error
+    return RunOptions(
+        seed=scenario.seed,
+        wish=wish,
+        sessions_per_machine=run.sessions_per_machine,
+        patience_s=run.patience_s,
+        announce_s=run.announce_s,
+        silence_s=run.silence_s,
+        check=run.check,
+    )
+
+
+def _faults(scenario: Scenario, names: list[str], until_s: float) -> tuple[RunFault, ...]:
+    given = [
+        RunFault(
+            kind=part.kind,
+            at_s=part.at_s,
+            duration_s=part.duration_s,
+            machines=part.machines,
+            strength=part.strength or DEFAULT_STRENGTH.get(part.kind, 0.0),
+        )
+        for part in scenario.faults
+    ]
+    for fault in given:
+        check_fault(fault, names)
+    rates = [
+        FaultRate(
+            kind=part.kind,
+            per_hour=part.per_hour,
+            mean_s=part.mean_s,
+            strength=part.strength or DEFAULT_STRENGTH.get(part.kind, 0.0),
+        )
+        for part in scenario.random_faults
+    ]
+    drawn = draw_faults(scenario.seed, rates, names, until_s)
+    return tuple(sorted([*given, *drawn], key=lambda fault: fault.at_s))

@@ -52,7 +52,8 @@ def run_seeds(seeds: range, jobs: int) -> Iterator[Ran]:
     if jobs == 1:
         yield from map(run_seed, seeds)
         return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    # Forked before anything runs: the imports cost more than ten trials.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
         yield from pool.map(run_seed, seeds, chunksize=4)
 
 

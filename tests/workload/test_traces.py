@@ -51,7 +51,7 @@ def test_blank_lines_are_ignored() -> None:
         ("{", "trace.jsonl, line 2 is not JSON"),
         ("[1]", "trace.jsonl, line 2 is not a JSON object"),
         ('{"arrival_s": 2, "prompt_tokens": 3}', "line 2: field 'output_tokens' is missing"),
-        (GOOD.replace("}", ', "tenant": 1}'), "line 2: unknown field 'tenant'"),
+        (GOOD.replace("}", ', "color": 1}'), "line 2: unknown field 'color'"),
         (GOOD.replace("1.5", '"now"'), "line 2: arrival_s must be a number"),
         (GOOD.replace("1.5", "NaN"), "line 2: arrival_s must be a finite number"),
         (GOOD.replace("1.5", "-1"), "line 2: arrival_s must be a finite number"),

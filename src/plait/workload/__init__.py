@@ -1,43 +1,89 @@
 """What is asked of a server: when requests arrive, how long they are, and traces of both.
 
-arrivals.py   arrival times: Poisson, gamma bursts, constant, all at once
-lengths.py    prompt and output lengths: named mixes and the distributions they are made of
-traces.py     a sequence of requests, synthesised or read from JSON lines
+arrivals.py       arrival times: Poisson, gamma bursts, bursts and silence, days, constant, all at once
+lengths.py        prompt and output lengths: named mixes and the distributions they are made of
+prefixes.py       prompts that begin alike, as numbered blocks; what a cache could save
+conversations.py  tenants, turns and documents
+traces.py         a sequence of requests, synthesised or read from JSON lines
+azure.py, burstgpt.py, mooncake.py, sharegpt.py   published formats, read and written
+fields.py         values of untrusted files (csv_lines.py: lines of comma-separated ones)
 """
 
 from plait.workload.arrivals import (
+    DailyRate,
     all_at_once_s,
     arrival_times_s,
     constant_arrivals_s,
+    daily_arrivals_s,
     gamma_arrivals_s,
+    on_off_arrivals_s,
     poisson_arrivals_s,
 )
+from plait.workload.azure import format_azure, parse_azure
+from plait.workload.burstgpt import format_burstgpt, parse_burstgpt
+from plait.workload.conversations import ConversationMix, synthesize_conversations
+from plait.workload.fields import PROMPT_BLOCK_TOKENS
 from plait.workload.lengths import (
     LENGTH_MIXES,
     Equal,
     LengthDistribution,
     LengthMix,
     LogNormal,
+    Quantiles,
     Uniform,
     length_mix_named,
 )
+from plait.workload.mooncake import format_mooncake, parse_mooncake, spread_arrivals
+from plait.workload.prefixes import (
+    PREFIX_REUSES,
+    PrefixReuse,
+    PrefixStatistics,
+    PromptBlocks,
+    prefix_statistics,
+    zipf_weights,
+)
+from plait.workload.sharegpt import USUAL_FILTER, ShareGptFilter, format_sharegpt, parse_sharegpt
 from plait.workload.traces import TraceRequest, format_trace, parse_trace, synthesize_trace
 
 __all__ = [
     "LENGTH_MIXES",
+    "PREFIX_REUSES",
+    "PROMPT_BLOCK_TOKENS",
+    "USUAL_FILTER",
+    "ConversationMix",
+    "DailyRate",
     "Equal",
     "LengthDistribution",
     "LengthMix",
     "LogNormal",
+    "PrefixReuse",
+    "PrefixStatistics",
+    "PromptBlocks",
+    "Quantiles",
+    "ShareGptFilter",
     "TraceRequest",
     "Uniform",
     "all_at_once_s",
     "arrival_times_s",
     "constant_arrivals_s",
+    "daily_arrivals_s",
+    "format_azure",
+    "format_burstgpt",
+    "format_mooncake",
+    "format_sharegpt",
     "format_trace",
     "gamma_arrivals_s",
     "length_mix_named",
+    "on_off_arrivals_s",
+    "parse_azure",
+    "parse_burstgpt",
+    "parse_mooncake",
+    "parse_sharegpt",
     "parse_trace",
     "poisson_arrivals_s",
+    "prefix_statistics",
+    "spread_arrivals",
+    "synthesize_conversations",
     "synthesize_trace",
+    "zipf_weights",
 ]

@@ -51,7 +51,32 @@ class LogNormal:
         return np.rint(np.minimum(lengths, 2**31)).astype(np.int64)
 
 
-LengthDistribution = Uniform | Equal | LogNormal
+QUANTILE_LEVELS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantiles:
+    """A measured distribution, by its values at `QUANTILE_LEVELS`; between them the logarithm is uniform."""
+
+    tokens: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(QUANTILE_LEVELS) or list(self.tokens) != sorted(self.tokens):
+            raise BadSetup(f"quantiles of lengths are {len(QUANTILE_LEVELS)} ascending numbers of tokens")
+        if self.tokens[0] < 1:
+            raise BadSetup("quantiles of lengths are whole numbers from 1 on")
+
+    def draw(self, count: int, rng: Generator) -> NDArray[np.int64]:
+        places = np.interp(rng.random(count), QUANTILE_LEVELS, np.log(self.tokens))
+        return np.rint(np.exp(places)).astype(np.int64)
+
+    def fraction_up_to(self, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The probability of lengths up to these."""
+        edges = np.log(np.asarray(tokens, dtype=np.float64) + 0.5)
+        return np.interp(edges, np.log(self.tokens), QUANTILE_LEVELS, left=0.0, right=1.0)
+
+
+LengthDistribution = Uniform | Equal | LogNormal | Quantiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +141,36 @@ LENGTH_MIXES: Mapping[str, LengthMix] = MappingProxyType(
             least_tokens=4,
             most_prompt_tokens=1024,
             most_total_tokens=2048,
+        ),
+        # Quantiles of published traces, counted in their files: Azure's of 2023, Mooncake's of FAST 2025, and the
+        # three that APEX was evaluated on.
+        "azure-conv": LengthMix(
+            prompt=Quantiles((2, 29, 181, 207, 396, 1020, 1189, 2734, 4083, 4142, 14050)),
+            output=Quantiles((7, 16, 41, 54, 85, 129, 395, 424, 451, 601, 1000)),
+        ),
+        "azure-code": LengthMix(
+            prompt=Quantiles((3, 17, 75, 147, 578, 1469, 2745, 5186, 7302, 7436, 7437)),
+            output=Quantiles((6, 6, 6, 7, 9, 13, 24, 55, 90, 252, 1899)),
+        ),
+        "mooncake-conv": LengthMix(
+            prompt=Quantiles((891, 894, 901, 964, 2307, 6909, 15366, 27367, 39549, 85401, 126195)),
+            output=Quantiles((1, 3, 10, 24, 157, 350, 472, 597, 698, 1120, 2000)),
+        ),
+        "mooncake-synthetic": LengthMix(
+            prompt=Quantiles((13, 16, 22, 30, 277, 11587, 23175, 38615, 48835, 66456, 191378)),
+            output=Quantiles((1, 2, 2, 4, 11, 69, 250, 389, 519, 768, 893)),
+        ),
+        "arxiv-summarization": LengthMix(
+            prompt=Quantiles((1, 73, 749, 1242, 1986, 2730, 3370, 3702, 3813, 3933, 4054)),
+            output=Quantiles((5, 36, 60, 78, 115, 167, 242, 372, 736, 3270, 4056)),
+        ),
+        "creation": LengthMix(
+            prompt=Quantiles((100, 139, 179, 199, 244, 309, 362, 400, 423, 567, 1232)),
+            output=Quantiles((236, 351, 526, 627, 825, 1107, 1450, 1708, 1798, 2368, 3501)),
+        ),
+        "lmsys-chat": LengthMix(
+            prompt=Quantiles((2, 2, 3, 5, 9, 17, 45, 178, 308, 589, 1037)),
+            output=Quantiles((1, 2, 8, 12, 36, 118, 262, 390, 436, 534, 761)),
         ),
     }
 )

@@ -1,12 +1,12 @@
 """A trace: requests in order of arrival.
 
-Its file format is JSON lines, one request a line, blank lines ignored:
+Its file format is JSON lines, one request a line, blank lines ignored; the first three fields are needed, the others
+are those of `TraceRequest`:
 
     {"arrival_s": 0.25, "prompt_tokens": 161, "output_tokens": 338, "prompt": "optional text"}
 """
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -14,23 +14,35 @@ from typing import cast
 from numpy.random import Generator
 
 from plait.errors import BadSetup
+from plait.workload.fields import block_numbers, json_object, seconds, whole_number
 from plait.workload.lengths import LengthMix
 
-_FIELDS = ("arrival_s", "prompt_tokens", "output_tokens", "prompt")
+_NEEDED = ("arrival_s", "prompt_tokens", "output_tokens")
+_TEXTS = ("prompt", "answer", "conversation", "tenant", "adapter")
+_FIELDS = (*_NEEDED, *_TEXTS, "turn", "deadline_s", "prompt_blocks")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceRequest:
     """One request: when it comes, and how many tokens it brings and asks for.
 
-    `arrival_s` counts from the start of the trace. `prompt` is the text, where the trace has it; then
-    `prompt_tokens` says how long it was for the tokenizer that made the trace.
+    `arrival_s` counts from the start of the trace, `deadline_s` from there too. `prompt` and `answer` are the texts,
+    where the trace has them; then the counts of tokens are those of the tokenizer that made the trace. `turn` counts
+    from 0 within a conversation, whose prompts contain their history. `adapter` is the model or adapter asked for.
+    Equal numbers in `prompt_blocks` stand for equal prompts up to the end of that block; the last one may be partial.
     """
 
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
     prompt: str | None = None
+    answer: str | None = None
+    conversation: str | None = None
+    turn: int = 0
+    tenant: str | None = None
+    adapter: str | None = None
+    deadline_s: float | None = None
+    prompt_blocks: tuple[int, ...] = ()
 
 
 def synthesize_trace(
@@ -52,8 +64,15 @@ def format_trace(trace: Iterable[TraceRequest]) -> Iterator[str]:
             "prompt_tokens": request.prompt_tokens,
             "output_tokens": request.output_tokens,
         }
-        if request.prompt is not None:
-            record["prompt"] = request.prompt
+        for name in _TEXTS:
+            if getattr(request, name) is not None:
+                record[name] = getattr(request, name)
+        if request.turn:
+            record["turn"] = request.turn
+        if request.deadline_s is not None:
+            record["deadline_s"] = request.deadline_s
+        if request.prompt_blocks:
+            record["prompt_blocks"] = request.prompt_blocks
         yield json.dumps(record, ensure_ascii=False)
 
 
@@ -76,44 +95,27 @@ def parse_trace(lines: Iterable[str], *, where: str) -> tuple[TraceRequest, ...]
             )
         trace.append(request)
     if not trace:
-        raise BadSetup(
-            f"{where} holds no request; write one JSON object a line with {', '.join(_FIELDS[:3])}"
-        )
+        raise BadSetup(f"{where} holds no request; write one JSON object a line with {', '.join(_NEEDED)}")
     return tuple(trace)
 
 
 def _parse_request(line: str, place: str) -> TraceRequest:
-    try:
-        record: object = json.loads(line)
-    except ValueError as error:
-        raise BadSetup(f"{place} is not JSON ({error}); write one JSON object a line") from error
-    if not isinstance(record, dict):
-        raise BadSetup(f"{place} is not a JSON object; write one with {', '.join(_FIELDS[:3])}")
-    fields = cast(dict[str, object], record)
+    fields = json_object(line, place, _NEEDED)
     unknown = sorted(fields.keys() - set(_FIELDS))
     if unknown:
         raise BadSetup(f"{place}: unknown field {unknown[0]!r}; known are {', '.join(_FIELDS)}")
-    missing = [name for name in _FIELDS[:3] if name not in fields]
-    if missing:
-        raise BadSetup(f"{place}: field {missing[0]!r} is missing")
-    arrival_s = fields["arrival_s"]
-    if isinstance(arrival_s, bool) or not isinstance(arrival_s, int | float):
-        raise BadSetup(f"{place}: arrival_s must be a number of seconds, not {arrival_s!r}")
-    if not (arrival_s >= 0 and math.isfinite(arrival_s)):
-        raise BadSetup(f"{place}: arrival_s must be a finite number of seconds from 0 on, not {arrival_s!r}")
-    prompt = fields.get("prompt")
-    if prompt is not None and not isinstance(prompt, str):
-        raise BadSetup(f"{place}: prompt must be text, not {prompt!r}")
+    for name in _TEXTS:
+        if fields.get(name) is not None and not isinstance(fields[name], str):
+            raise BadSetup(f"{place}: {name} must be text, not {fields[name]!r:.60}")
+    texts = {name: cast(str | None, fields.get(name)) for name in _TEXTS}
+    prompt_tokens = whole_number(fields, "prompt_tokens", place, least=1)
+    has_deadline = fields.get("deadline_s") is not None
     return TraceRequest(
-        arrival_s=float(arrival_s),
-        prompt_tokens=_token_count(fields, "prompt_tokens", place),
-        output_tokens=_token_count(fields, "output_tokens", place),
-        prompt=prompt,
+        arrival_s=seconds(fields, "arrival_s", place),
+        prompt_tokens=prompt_tokens,
+        output_tokens=whole_number(fields, "output_tokens", place, least=1),
+        turn=whole_number(fields, "turn", place) if "turn" in fields else 0,
+        deadline_s=seconds(fields, "deadline_s", place) if has_deadline else None,
+        prompt_blocks=block_numbers(fields, "prompt_blocks", prompt_tokens, place),
+        **texts,
     )
-
-
-def _token_count(fields: dict[str, object], name: str, place: str) -> int:
-    count = fields[name]
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise BadSetup(f"{place}: {name} must be a whole number from 1 on, not {count!r}")
-    return count

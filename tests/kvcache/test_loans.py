@@ -86,8 +86,9 @@ class Machine:
 
     def check(self) -> None:
         tables = [self.table, list(self.pinned.values())]
-        self.loans.check([*tables, self.debts.held])
-        self.debts.check([*tables, self.loans.held])
+        self.loans.check()
+        self.debts.check()
+        self.pool.check([*tables, self.debts.held, self.loans.held])
         assert self.pool.free_blocks + self.pool.used_blocks == self.pool.kv_blocks
 
 

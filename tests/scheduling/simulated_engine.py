@@ -133,7 +133,7 @@ class SimulatedEngine:
         """Schedule, check what a step must keep, and run it."""
         before = {request_id for request_id, request in self.requests.items() if request.running}
         step = self.scheduler.schedule()
-        self.scheduler.check()
+        self.scheduler.check(self.other_holders())
         for request_id in step.preempted:
             self.requests[request_id].running = False
         for request_id in step.admitted:
@@ -147,7 +147,7 @@ class SimulatedEngine:
     def end_step(self, step: ScheduledStep) -> list[tuple[RequestId, int]]:
         """Complete; returns the (request, sequence) pairs that sample."""
         self.scheduler.complete(step)
-        self.scheduler.check()
+        self.scheduler.check(self.other_holders())
         alive = [chunk for chunk in step.chunks if chunk.request_id in self.requests]
         for chunk in alive:
             request = self.requests[chunk.request_id]
@@ -176,7 +176,7 @@ class SimulatedEngine:
             else:
                 self.append(request_id, sequence, 7)
             self.end_the_long(request_id)
-        self.scheduler.check()
+        self.scheduler.check(self.other_holders())
         return step
 
     def end_the_long(self, request_id: RequestId) -> None:
@@ -208,7 +208,11 @@ class SimulatedEngine:
         assert not self.scheduler.has_requests
         assert self.pool.used_blocks == 0
         assert self.host_pool is None or self.host_pool.used_blocks == 0
-        self.scheduler.check()
+        self.scheduler.check(self.other_holders())
+
+    def other_holders(self) -> list[list[int]]:
+        """Who holds blocks besides the scheduler."""
+        return []
 
     def _check_order(self, step: ScheduledStep, before: set[RequestId]) -> None:
         gave_way = [id for id in step.preempted if not self.requests[id].asks]

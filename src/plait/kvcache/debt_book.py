@@ -70,6 +70,7 @@ class DebtBook:
         for borrowed, block in zip(self._pool.borrow(len(fresh)), fresh, strict=True):
             self._places[borrowed] = RemoteBlock(creditor, block)
             self._empty[borrowed] = None
+        self._promise()
 
     def take_empty(self, kv_blocks: int) -> list[int]:
         """Up to so many empty blocks, to be filled; those lent first come first."""
@@ -82,12 +83,14 @@ class DebtBook:
     def filled(self, borrowed: int) -> None:
         """The creditor has the content: from here on block tables hold the number, and the book does not."""
         del self._filling[borrowed]
+        self._promise()
 
     def cancel(self, borrowed: int) -> None:
         """Nothing will be moved there after all; what was sent there may have arrived."""
         if borrowed in self._filling:
             del self._filling[borrowed]
             self._spent[borrowed] = None
+            self._promise()
 
     def take_spent(self) -> dict[PeerId, list[LentBlock]]:
         """Part with all blocks that no table holds any more; returns what to tell each creditor."""
@@ -117,13 +120,13 @@ class DebtBook:
                     del state[borrowed]
                     self._part_with([borrowed])
 
-    def check(self, others: Iterable[Sequence[int]] = ()) -> None:
-        """Assert that the book agrees with itself and, given all other holders of its blocks, with the pool."""
+    def check(self) -> None:
+        """Assert that the book agrees with itself; `held` is a holder for the pool's own check."""
         places = list(self._places.values())
         assert len(places) == len(set(places)), "two borrowed numbers stand for one block"
         assert len(self.held) == len(set(self.held)) and set(self.held) <= self._places.keys()
         assert set(self._places) == self._pool.borrowed_numbers
-        self._pool.check([*others, self.held])
+        assert self._pool.promised_blocks == len(self._empty) + len(self._filling)
 
     def _part_with(self, numbers: Iterable[int]) -> dict[PeerId, list[LentBlock]]:
         parted: dict[PeerId, list[LentBlock]] = {}
@@ -131,4 +134,8 @@ class DebtBook:
             place = self._places.pop(borrowed)
             parted.setdefault(place.creditor, []).append(place.block)
             self._pool.forget([borrowed])
+        self._promise()
         return parted
+
+    def _promise(self) -> None:
+        self._pool.promised_blocks = len(self._empty) + len(self._filling)

@@ -35,6 +35,8 @@ class KvBlockPool:
         self._blank = list(range(kv_blocks - 1, -1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._index = PrefixIndex()
+        self.promised_blocks = 0
+        """Borrowed blocks to be filled: so many blocks of its own will be free once full ones have moved out."""
         self._borrowed: dict[int, None] = {}
         self._unheld: list[int] = []
         self._unused_numbers: list[int] = []

@@ -28,5 +28,7 @@ def idle_victim(view: SchedulerView, plan: StepPlan) -> ScheduledRequest | None:
     wanted_blocks = sum(pool.blocks_for(len(sequence.token_ids)) for sequence in first.live)
     if len(later) < len(view.running):
         wanted_blocks += int(view.limits.watermark_fraction * pool.kv_blocks)
-    freed_blocks = sum(len(sequence.kv_blocks) for request in later for sequence in request.live)
-    return later[-1] if later and wanted_blocks <= pool.free_blocks + freed_blocks else None
+    tables = [sequence.kv_blocks for request in later for sequence in request.live]
+    freed_blocks = sum(pool.is_own(kv_block) for table in tables for kv_block in table)
+    room_blocks = pool.free_blocks + pool.promised_blocks + freed_blocks
+    return later[-1] if later and wanted_blocks <= room_blocks else None

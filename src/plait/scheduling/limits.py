@@ -22,6 +22,7 @@ class StepLimits:
     `preemption`: how blocks are taken back. `recompute` drops them, `swap` copies them to host memory,
     `auto` recomputes single sequences (never much dearer than copying) and swaps groups: Kwon et al.
     2023, section 4.5.
+    `borrowable_blocks`: KV blocks that other machines may lend, so that requests larger than the pool can run.
     """
 
     step_tokens: int = 2048
@@ -30,12 +31,15 @@ class StepLimits:
     long_prefill_tokens: int | None = None
     watermark_fraction: float = 0.01
     preemption: Preemption = "auto"
+    borrowable_blocks: int = 0
 
     def __post_init__(self) -> None:
         for name in ("step_tokens", "max_running_sequences", "max_waiting", "long_prefill_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadSetup(f"{name} must be at least 1, not {value}")
+        if self.borrowable_blocks < 0:
+            raise BadSetup(f"borrowable_blocks must be at least 0, not {self.borrowable_blocks}")
         if not 0 <= self.watermark_fraction < 1:
             raise BadSetup(
                 f"watermark_fraction must be at least 0 and below 1, not {self.watermark_fraction}"

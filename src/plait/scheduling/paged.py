@@ -7,6 +7,8 @@ Each step, with everybody in `order` (priority class, then arrival):
 2. While these tokens need more blocks than are free, the last of those running is preempted and the rest
    is granted anew. The first alone always fits, since requests that exceed the pool are refused at
    submission. So the first always advances, and whoever waits becomes the first one day.
+   Where blocks can move to other machines (`kvcache/debt_book.py`), those promised count as free here, grants wait
+   until they are, and the first is never preempted: it waits for a loan.
 3. If nobody was preempted, those waiting are admitted in order until one does not fit. Preempted requests
    are older than any newcomer of their class, hence come back before anyone new enters. Admission wants
    blocks for all known tokens of a request, those promised to unfinished prompts not counted as free, and
@@ -41,15 +43,16 @@ class PagedPolicy:
             victims: list[Victim] = []
             dropped: Counter[int] = Counter()
             host_blocks = view.host_pool.free_blocks if view.host_pool else 0
-            while advance.blocks > free_blocks:
+            promised_blocks = view.pool.promised_blocks
+            while advance.blocks > free_blocks + promised_blocks and len(staying) > 1:
                 staying, request = staying[:-1], staying[-1]
                 held = held_blocks(request)
-                swap = _prefers_swap(request, view.limits) and 0 < held <= host_blocks
+                swap = _prefers_swap(request, view.limits, view.pool) and 0 < held <= host_blocks
                 host_blocks -= held if swap else 0
                 victims.append(Victim(request, swap))
                 free_blocks += _freed_by(request, view.pool, dropped)
                 advance = _advance(staying, view.limits, view.pool)
-            return StepPlan(advance.grants, victims=victims)
+            return StepPlan(_fitting(advance.grants, free_blocks, view.pool), victims=victims)
         return StepPlan(advance.grants, admissions=_admit(view, advance))
 
 
@@ -100,6 +103,22 @@ def _advance(running: Sequence[ScheduledRequest], limits: StepLimits, pool: KvBl
     return advance
 
 
+def _fitting(grants: Sequence[Grant], free_blocks: int, pool: KvBlocks) -> list[Grant]:
+    """What of the grants has room in blocks that are free now; the rest waits until full ones have moved out."""
+    fitting: list[Grant] = []
+    for request, tokens in grants:
+        tables, starts = _progress(request)
+        parts = split_tokens(request, starts, request.stem_tokens, tokens)
+        blocks = blocks_to_write(pool, tables, starts, parts)
+        if blocks > free_blocks and request.sole is not None:
+            tokens = max(0, (len(tables[0]) + free_blocks) * pool.block_tokens - starts[0])
+            blocks = blocks_to_write(pool, tables, starts, [tokens])
+        if tokens and blocks <= free_blocks:
+            fitting.append(Grant(request, tokens))
+            free_blocks -= blocks
+    return fitting
+
+
 def _grant_chunk(
     advance: _Advance,
     request: ScheduledRequest,
@@ -108,17 +127,25 @@ def _grant_chunk(
     stem_tokens: int,
     limits: StepLimits,
     pool: KvBlocks,
+    room_blocks: int | None = None,
 ) -> bool:
-    """Grant what the budget leaves to a request that is behind; False if it can use nothing of that."""
+    """Grant what the budget leaves to a request that is behind, in at most `room_blocks` more blocks.
+
+    Returns False if it can use nothing of that.
+    """
     offer = advance.left_tokens
     if limits.long_prefill_tokens is not None:
         # A group samples together or not at all: a cap below its size would stop it for ever.
         offer = min(offer, max(limits.long_prefill_tokens, len(request.live)))
+    if room_blocks is not None and request.sole is not None:
+        offer = min(offer, (len(tables[0]) + room_blocks) * pool.block_tokens - starts[0])
     parts = split_tokens(request, starts, stem_tokens, offer)
     tokens = sum(parts)
     if not tokens:
         return False
     blocks = blocks_to_write(pool, tables, starts, parts)
+    if room_blocks is not None and blocks > room_blocks:
+        return False
     advance.grants.append(Grant(request, tokens))
     advance.left_tokens -= tokens
     advance.blocks += blocks
@@ -134,7 +161,8 @@ def _admit(view: SchedulerView, advance: _Advance) -> list[Admission]:
     revived: set[int] = set()
     for request in view.waiting:
         sequences += request.fan_out
-        spare_blocks = pool.free_blocks - advance.blocks - advance.promised_blocks
+        free_blocks = pool.free_blocks - advance.blocks
+        spare_blocks = free_blocks + pool.promised_blocks - advance.promised_blocks
         if sequences > limits.admissible_sequences or not advance.left_tokens or spare_blocks <= 0:
             break
         if request.swapped:
@@ -156,7 +184,10 @@ def _admit(view: SchedulerView, advance: _Advance) -> list[Admission]:
             needed += watermark_blocks
         if needed > spare_blocks:
             break
-        if not _grant_chunk(advance, request, tables, starts, admission.stem_tokens, limits, counted_in):
+        room_blocks = free_blocks - entry_blocks if pool.promised_blocks else None
+        if not _grant_chunk(
+            advance, request, tables, starts, admission.stem_tokens, limits, counted_in, room_blocks
+        ):
             break
         advance.blocks += entry_blocks
         advance.promised_blocks += blocks_to_finish(
@@ -199,9 +230,11 @@ def _freed_by(request: ScheduledRequest, pool: KvBlocks, dropped: Counter[int]) 
     for sequence in request.live:
         for block in sequence.kv_blocks:
             dropped[block] += 1
-            freed += dropped[block] == pool.references(block)
+            freed += dropped[block] == pool.references(block) and pool.is_own(block)
     return freed
 
 
-def _prefers_swap(request: ScheduledRequest, limits: StepLimits) -> bool:
+def _prefers_swap(request: ScheduledRequest, limits: StepLimits, pool: KvBlocks) -> bool:
+    if not all(pool.is_own(block) for sequence in request.live for block in sequence.kv_blocks):
+        return False  # what is on other machines cannot be copied to this one's host memory
     return limits.preemption == "swap" or (limits.preemption == "auto" and len(request.live) > 1)

@@ -26,6 +26,15 @@ class KvBlocks(Protocol):
         """Blocks that can be allocated."""
         ...
 
+    @property
+    def promised_blocks(self) -> int:
+        """Blocks in use that will be free soon, since there is room elsewhere for what they hold."""
+        ...
+
+    def is_own(self, kv_block: int) -> bool:
+        """Whether a block is memory of this machine, so that letting go of it frees something here."""
+        ...
+
     def references(self, kv_block: int) -> int:
         """How many hold this block."""
         ...

@@ -21,7 +21,7 @@ references is never written; nothing is published before it was computed.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import chain
 
 from plait.errors import BadRequest, NoCapacity
@@ -132,8 +132,11 @@ class Scheduler:
         known[start:] = token_ids
         sequence.seen_tokens = min(sequence.seen_tokens, start)
         if start < sequence.computed_tokens:
-            sequence.computed_tokens = start
             kept = self._pool.blocks_for(start)
+            sequence.computed_tokens = start
+            if start % self._pool.block_tokens and not self._pool.is_own(sequence.kv_blocks[kept - 1]):
+                kept -= 1  # nobody writes to a borrowed block: what is left of it is computed again
+                sequence.computed_tokens = kept * self._pool.block_tokens
             self._give_back(request, sequence.kv_blocks[kept:])
             del sequence.kv_blocks[kept:]
         if not request.running and request.resting == request.has_news:
@@ -212,6 +215,73 @@ class Scheduler:
         if self._rebuilding:
             self._rebuilding = [request for request in self._rebuilding if not self._share_stem(request)]
 
+    def undo(self, step: ScheduledStep) -> None:
+        """Note that a step could not be computed, though its copies were made: the same tokens are due again."""
+        assert step is self._step, "undo takes the step that schedule returned last"
+        for sequence, chunk in zip(self._in_flight, step.chunks, strict=True):
+            if not sequence.finished:
+                kept = self._pool.blocks_for(sequence.computed_tokens)
+                self._give_back(self._requests[chunk.request_id], sequence.kv_blocks[kept:])
+                del sequence.kv_blocks[kept:]
+        self._step = None
+        self._in_flight = []
+
+    # Blocks that move to other machines, all between steps.
+
+    def movable(self, kv_blocks: int, staying: Container[int]) -> list[int]:
+        """Up to so many full blocks that could move out: the oldest of the longest running sequence first."""
+        tables = [
+            (sequence.computed_tokens, request.order, sequence)
+            for request in self._running
+            for sequence in request.live
+        ]
+        found: dict[int, None] = {}
+        for computed, _, sequence in sorted(tables, key=lambda each: (-each[0], each[1], each[2].index)):
+            for kv_block in sequence.kv_blocks[: computed // self._pool.block_tokens]:
+                if len(found) == kv_blocks:
+                    return list(found)
+                if self._pool.is_own(kv_block) and kv_block not in staying:
+                    found[kv_block] = None
+        return list(found)
+
+    def relocate(self, source: int, target: int) -> bool:
+        """The content of `source` is in `target`, held once by the caller, too: all tables name that from now on.
+
+        False, and nothing is changed, if nobody holds `source` any more.
+        """
+        assert self._step is None
+        if not self._pool.references(source):
+            return False
+        self._pool.move(source, target)
+        for request in self._running:
+            for sequence in request.live:
+                if source in sequence.kv_blocks:
+                    sequence.kv_blocks[sequence.kv_blocks.index(source)] = target
+        return True
+
+    def lose(self, kv_blocks: Iterable[int]) -> list[RequestId]:
+        """The content of these borrowed blocks is lost: requests that held any of them begin anew."""
+        assert self._step is None
+        lost = set(kv_blocks)
+        self._pool.unname(lost)
+        victims = [
+            request
+            for request in self._running
+            if any(not lost.isdisjoint(sequence.kv_blocks) for sequence in request.live)
+        ]
+        for request in victims:
+            self._preempt(Victim(request, swap=False))
+        return [request.id for request in victims]
+
+    def wanted_blocks(self) -> int:
+        """Blocks that are short: for all that is known of those running and of the first waiting, and one for each."""
+        blocks_for = self._pool.blocks_for
+        wanted = 0
+        for request in [*self._running, *self._waiting[:1]]:
+            for sequence in request.live:
+                wanted += blocks_for(len(sequence.token_ids)) - len(sequence.kv_blocks) + 1
+        return max(0, wanted - self._pool.free_blocks - self._pool.promised_blocks)
+
     # What is known about requests and the whole.
 
     def token_ids(self, request_id: RequestId, sequence: int) -> Sequence[int]:
@@ -251,8 +321,8 @@ class Scheduler:
         """How much of the memory held by running requests is filled; walks every block table."""
         return kv_usage(self._running, self._pool.block_tokens)
 
-    def check(self) -> None:
-        """Assert every invariant; walks everything."""
+    def check(self, others: Sequence[Sequence[int]] = ()) -> None:
+        """Assert every invariant, given who else holds blocks; walks everything."""
         for queue, running in ((self._running, True), (self._waiting, False)):
             orders = [request.order for request in queue]
             assert orders == sorted(set(orders)), "a queue is out of order"
@@ -269,7 +339,7 @@ class Scheduler:
         assert self._running_sequences <= self._limits.admissible_sequences
         on_host = [sequence.kv_blocks for request in self._off_device() for sequence in request.live]
         tables = [sequence.kv_blocks for request in self._running for sequence in request.live]
-        self._pool.check([*tables, *(request.reserve for request in self._running)])
+        self._pool.check([*tables, *(request.reserve for request in self._running), *others])
         if self._host_pool is not None:
             self._host_pool.check(on_host)
         else:
@@ -298,10 +368,11 @@ class Scheduler:
             raise BadRequest("the prompt is empty; send at least one token", param="prompt")
         pool = self._pool
         needed = worst_case_blocks(request, pool.block_tokens, sharing=not self._policy.reserves)
-        if needed > pool.kv_blocks:
+        held = pool.kv_blocks + self._limits.borrowable_blocks
+        if needed > held:
             raise BadRequest(
                 f"{request.fan_out} sequence(s) of up to {request.max_sequence_tokens} tokens need {needed} "
-                f"KV blocks of {pool.block_tokens} tokens, and the whole cache has {pool.kv_blocks}; "
+                f"KV blocks of {pool.block_tokens} tokens, and the whole cache has {held}; "
                 "ask for fewer tokens or sequences, or start the server with a larger --kv-cache-memory",
                 param="max_tokens",
             )

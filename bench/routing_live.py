@@ -12,6 +12,7 @@ what the route predicted: by the mode itself (PETALS' cost model, for all but `l
 
     python bench/routing_live.py           about 25 minutes; the processors are hardly used
     python bench/routing_live.py --quick   to see that it works; writes nothing
+    python bench/routing_live.py --plan    seconds: what clients would get if one planner placed all of them at once
 """
 
 import argparse
@@ -23,41 +24,19 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
 import numpy as np
 from results import Figure, write_result
+from swarm.crowd import ANSWER_TOKENS, PROMPT_TOKENS, Asked, Crowd
 from swarm.route_log import FoundChain, RouteLog
-from swarm.unequal import BLOCKS, PASS_S, ROW_S, Layout, UnequalSwarm, Worker
+from swarm.three_places import LAYOUT, RTTS_S, injected_view
+from swarm.unequal import BLOCKS, PASS_S, ROW_S, UnequalSwarm
 
 from plait.cluster import swarm_of_description
 from plait.errors import ServingError
-from plait.routing import RouteWish, choose_chain, expected_round_s
+from plait.routing import RouteWish, assign_chains, choose_chain, expected_round_s
 
-RTTS_S = {
-    frozenset("A"): 0.005,
-    frozenset("B"): 0.005,
-    frozenset("C"): 0.005,
-    frozenset("AB"): 0.05,
-    frozenset("BC"): 0.05,
-    frozenset("AC"): 0.1,
-}
-LAYOUT = Layout(
-    workers=(
-        Worker("a-front", "A", range(8), 2),
-        Worker("a-back", "A", range(8, 16), 4),
-        Worker("a-all", "A", range(16), 8),
-        Worker("b-front", "B", range(8), 1),
-        Worker("b-back", "B", range(8, 16), 2),
-        Worker("c-front", "C", range(5), 1),
-        Worker("c-middle", "C", range(4, 12), 4),
-        Worker("c-back", "C", range(10, 16), 1),
-    ),
-    gateways={"gate-a": "A", "gate-b": "B", "gate-c": "C"},
-    rtts_s=RTTS_S,
-)
 EVALUATIONS = 1000
 PAIR_A, PAIR_B = ["network_s", "compute_s"], ["step_s", "rate_tokens_per_s"]
 LOAD, LATENCY, THROUGHPUT, PINNED = "load (plait)", "latency (PETALS)", "throughput (PETALS)", "pinned"
@@ -78,88 +57,7 @@ MODES: dict[str, dict[str, Any]] = {
     LOAD: {"mode": "load"},
     PINNED: {},
 }
-PROMPT_TOKENS = 8
-ANSWER_TOKENS = (16, 48)
 MAX_PINNED = 4
-
-
-@dataclass(slots=True)
-class Asked:
-    """One answer: when it was asked for, when its tokens came (seconds of the running loop), and its request's id."""
-
-    client: int
-    gateway: str
-    request: str
-    asked_s: float
-    token_s: list[float] = field(default_factory=list)
-    error: str = ""
-    complete: bool = False
-
-
-class Crowd:
-    """Clients that ask one answer after the other, each at its gateway; a lone one goes round the gateways."""
-
-    def __init__(self, swarm: UnequalSwarm, route: Mapping[str, Any], clients: int, seed: int) -> None:
-        self._swarm = swarm
-        self._route = dict(route)
-        self._clients = clients
-        self._rng = np.random.default_rng(seed)
-        self.answers: list[Asked] = []
-
-    async def ask_for_s(self, seconds: float) -> float:
-        """Ask until time is up, then hang up; returns when it was, on the loop's clock."""
-        loop = asyncio.get_running_loop()
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        async with httpx.AsyncClient(timeout=120, limits=limits) as http:
-            asking = [asyncio.create_task(self._ask_often(http, client)) for client in range(self._clients)]
-            await asyncio.sleep(seconds)
-            until_s = loop.time()
-            for task in asking:
-                task.cancel()
-            for outcome in await asyncio.gather(*asking, return_exceptions=True):
-                if isinstance(outcome, Exception):
-                    raise outcome
-        return until_s
-
-    async def _ask_often(self, http: httpx.AsyncClient, client: int) -> None:
-        # They do not come all in the same moment.
-        await asyncio.sleep(float(self._rng.uniform(0, 1)))
-        gateways = list(self._swarm.origins)
-        for turn in itertools.count():
-            gateway = gateways[(client + (turn if self._clients == 1 else 0)) % len(gateways)]
-            await self._ask(http, client, gateway)
-
-    async def _ask(self, http: httpx.AsyncClient, client: int, gateway: str) -> None:
-        loop = asyncio.get_running_loop()
-        body = {
-            "prompt": [int(token) for token in self._rng.integers(300, 2000, PROMPT_TOKENS)],
-            "max_tokens": int(self._rng.integers(*ANSWER_TOKENS)),
-            "ignore_eos": True,
-            "temperature": 0,
-            "stream": True,
-            "return_token_ids": True,
-            "route": self._route,
-        }
-        answer = Asked(client=client, gateway=gateway, request="", asked_s=loop.time())
-        self.answers.append(answer)
-        async with http.stream(
-            "POST", self._swarm.origins[gateway] + "/v1/completions", json=body
-        ) as response:
-            if response.status_code != 200:
-                answer.error = (await response.aread()).decode()
-                await asyncio.sleep(1.0)
-                return
-            async for line in response.aiter_lines():
-                if not line.startswith("data: ") or line == "data: [DONE]":
-                    continue
-                event = json.loads(line.removeprefix("data: "))
-                if "error" in event:
-                    answer.error = event["error"]["message"]
-                    continue
-                answer.request = event["id"] + "-0"  # the first prompt of the body
-                count = sum(len(choice.get("token_ids") or []) for choice in event["choices"])
-                answer.token_s += [loop.time()] * count
-        answer.complete = not answer.error
 
 
 def run_cell(
@@ -257,6 +155,21 @@ def best_pinned(swarm: UnequalSwarm) -> list[str]:
             found = (expected_round_s(view, routed.chain), [names[peer] for peer in peers])
             best = min(best, found)
     return best[1]
+
+
+def plan(clients: int) -> dict[str, float]:
+    """The least mean round that a joint assignment of all clients has by plait's model, knowing what is injected."""
+    front = assign_chains(
+        injected_view("gate-a"),
+        range(BLOCKS),
+        sessions=clients,
+        objectives=("mean_round_s", "price"),
+        need_tokens=PROMPT_TOKENS + ANSWER_TOKENS[1],
+        evaluations=8000,
+        rng=np.random.default_rng(0),
+    )
+    round_s = min(member.values[0] for member in front.members)
+    return {"round_s": round(round_s, 4), "tokens_per_s": round(clients / round_s, 1)}
 
 
 def announced(swarm: UnequalSwarm) -> dict[str, Any]:
@@ -391,7 +304,11 @@ def main() -> None:
     )
     parser.add_argument("--warm-up", type=float, default=5.0, help="seconds of a cell before that")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--plan", action="store_true")
     options = parser.parse_args()
+    if options.plan:
+        print(json.dumps({f"{clients} clients": plan(clients) for clients in options.clients}, indent=1))
+        return
     if options.quick:
         options.clients, options.rounds, options.seconds, options.warm_up = [1, 16], 1, 4.0, 2.0
     began_s = time.monotonic()

@@ -6,4 +6,5 @@ stream.py      one streamed answer: its tokens and when each came
 unequal.py     machines of different speeds at different distances: a model with random weights, and who is where
 conditions.py  those speeds and distances, as each process reads them
 slowed.py      `plait` under such conditions: its links are longer and its forward passes take longer
+crowd.py       clients that ask one answer after the other; three_places.py  eight unequal workers, and where they are
 """

@@ -100,6 +100,8 @@ def test_status_shows_machines_spans_and_links(pair: Swarm, plait: InProcess) ->
     assert any(machine["decode_tokens_per_s"] > 0 for machine in shown["machines"])
     table = plait("status", "--base-url", base_url).stdout
     assert "back" in table and "3:6" in table
+    advice = plait("status", "--advice", "--base-url", base_url).stdout
+    assert "for one user" in advice and "without it, blocks" in advice
     again = plait("status", "--ticket", "--base-url", base_url).stdout
     assert again.startswith("plait join plait1")
 

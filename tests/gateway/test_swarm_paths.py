@@ -108,6 +108,15 @@ def test_metrics_have_the_swarm(http: httpx.Client, swarm: SmallSwarm) -> None:
     assert "plait_num_requests_running" in text
 
 
+def test_advice_says_what_each_machine_is_for(http: httpx.Client) -> None:
+    advice = http.get("/swarm/advice").json()
+    assert "for one user" in advice["sentences"][0]
+    whys = {machine["name"]: machine["why"] for machine in advice["machines"]}
+    assert whys.keys() == {"one", "two"}
+    assert "without it, blocks 0:3 would be served by nobody" in whys["one"]
+    assert advice["sets"][0]["step_s"] <= advice["sets"][-1]["step_s"]
+
+
 def test_only_the_owner_gets_a_ticket_and_sends_machines_away(site: Any, swarm: SmallSwarm) -> None:
     def ask(options: GatewayOptions, key: str | None = None) -> tuple[httpx.Response, httpx.Response]:
         origin = site.serve(swarm.gateway.engine, options, desk=swarm.gateway)

@@ -34,6 +34,9 @@ def status(
     base_url: BaseUrl = None,
     api_key: ApiKey = None,
     ticket: Annotated[bool, typer.Option("--ticket", help="Print a new line to join with instead.")] = False,
+    advice: Annotated[
+        bool, typer.Option("--advice", help="Say which machines to use and why each serves what it does.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Show a swarm: machines and what they serve, links, sessions.
@@ -44,6 +47,11 @@ def status(
         if ticket:
             text = gateway.get("/swarm/ticket")["ticket"]
             print_json({"ticket": text}) if json else say(f"plait join {text}")
+            return
+        if advice:
+            given = gateway.get("/swarm/advice")
+            sentences = [*given["sentences"], *(machine["why"] for machine in given["machines"])]
+            print_json(given) if json else say("\n".join(sentences))
             return
         swarm = gateway.get("/swarm/status")
     if json:

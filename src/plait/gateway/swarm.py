@@ -42,6 +42,12 @@ async def status(door: Door, max_links: Annotated[int | None, Query(ge=0, le=409
     return json_response({**_desk(door).status(max_links=max_links), "tokens_per_s": per_s})
 
 
+@router.get("/swarm/advice", responses=json_responses("Sentences, and what each set of machines would do."))
+async def advice(door: Door) -> Response:
+    """Which machines to use, when fewer are faster, and why each serves what it serves."""
+    return json_response(await _desk(door).advice())
+
+
 @router.get("/swarm/ticket", responses=json_responses("A ticket, to be passed on like a password."))
 async def ticket(door: Door) -> Response:
     """A ticket that lets other machines join."""

@@ -26,6 +26,14 @@ class SwarmDesk(Protocol):
         """
         ...
 
+    async def advice(self) -> Mapping[str, Any]:
+        """Which machines to use, when fewer are faster, and why each serves what it serves, in sentences.
+
+        Raises:
+            NotReady: the model is not known yet.
+        """
+        ...
+
     def facts(self) -> SwarmFacts | None:
         """What Prometheus is told; None while the model is not known yet."""
         ...

@@ -7,6 +7,7 @@ each thread. The files are a whole checkpoint of this machine, or a folder that 
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from plait.engine import (
 )
 from plait.errors import BadSetup
 from plait.ids import PeerId
+from plait.placement import BlockCost
 from plait.units import format_bytes
 from plait.wire import ModelFile, ModelTold
 from plait.worker.engine_thread import EngineThread, RunStep
@@ -144,6 +146,18 @@ class SpanSource:
     def known_rates(self) -> PeerRates:
         """Rates of an earlier start, unknown if there was none."""
         return self._kept_rates.find(self.measured_on) or PeerRates()
+
+    def block_cost(self) -> BlockCost:
+        """What the largest block takes."""
+        return BlockCost(
+            weight_bytes=max(self._sizes.block_bytes),
+            kv_bytes_per_token=math.ceil(max(self._sizes.kv_bytes_per_token)),
+        )
+
+    @property
+    def context_tokens(self) -> int:
+        """The context, over all sessions, that a machine is to have room for when it chooses how much to serve."""
+        return self._limits.context_tokens
 
     def longest_span(self) -> int:
         """How many blocks fit, wherever they begin.

@@ -16,6 +16,7 @@ from plait.cluster import PeerProgress, PeerRecord, SwarmView, format_blocks
 from plait.errors import ServingError
 from plait.ids import PeerId
 from plait.metrics import MachineFacts, SwarmFacts
+from plait.placement import advise, explain_span
 from plait.routing import choose_chain, routed_fields, standing_of, wish_of_fields
 from plait.session import RouteAsk
 from plait.transport import LinkTraffic, SwarmSecret, Ticket, TicketPeer
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 LOOK_S = 0.1
 # Chains of running sessions that `status` shows, the most used first.
 SHOWN_CHAINS = 16
+SHOWN_SETS = 16
 
 
 class SwarmGateway:
@@ -182,6 +184,42 @@ class SwarmGateway:
                 {"from": record.peer, "to": peer, "rtt_s": _finite(rtt_s)}
                 for record in view.records.values()
                 for peer, rtt_s in _shortest(record, view, max_links)
+            ],
+        }
+
+    async def advice(self) -> Mapping[str, Any]:
+        """Which machines to use, when fewer are faster, and why each serves what it serves, ready for JSON.
+
+        `sets`: what the quickest sets of machines would do, whatever they serve now.
+
+        Raises:
+            NotReady: the model is not known yet.
+        """
+        view, source = self.engine.lookout.view(), self._source
+        assert source is not None, "a model that is known was read from its source"
+        cost, context_tokens = source.block_cost(), source.context_tokens
+        advice = await asyncio.to_thread(lambda: advise(view, cost, context_tokens=context_tokens))
+        return {
+            "context_tokens": context_tokens,
+            "block_bytes": cost.block_bytes(context_tokens),
+            "sentences": advice.sentences,
+            "machines": [
+                {
+                    "peer": record.peer,
+                    "name": record.name,
+                    "why": explain_span(view, record.peer, cost, context_tokens=context_tokens),
+                }
+                for record in view.records.values()
+                if record.state != "offline" and len(record.span)
+            ],
+            "sets": [
+                {
+                    "blocks": dict(one.blocks),
+                    "step_s": one.step_s,
+                    "compute_s": one.compute_s,
+                    "tokens_per_s": one.tokens_per_s,
+                }
+                for one in advice.sets[:SHOWN_SETS]
             ],
         }
 

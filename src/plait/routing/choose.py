@@ -13,7 +13,7 @@ from plait.routing.chain import Front, FrontMember, Routed, check_chain
 from plait.routing.costs import seconds_per_block, step_cost
 from plait.routing.front_search import exact_front
 from plait.routing.graph import ChainGraph, Floats, chain_graph
-from plait.routing.load import SPREAD, least_loaded_round
+from plait.routing.load import SPREAD, LoadTerms, least_loaded_round
 from plait.routing.objectives import Objectives, objectives_on
 from plait.routing.operators import PathOperators
 from plait.routing.pareto import nondominated
@@ -174,8 +174,9 @@ def single_chain(
     *,
     rng: np.random.Generator,
     unannounced: Mapping[PeerId, int],
+    terms: LoadTerms | None = None,
 ) -> Routed:
-    """A chain by one of the modes that have no front."""
+    """A chain by one of the modes that have no front; `terms`: see `least_loaded_round`."""
     round_s = None
     match wish.mode:
         case "load":
@@ -185,6 +186,7 @@ def single_chain(
                 unannounced=unannounced,
                 closed=place.after is None and place.before is None,
                 rng=rng,
+                terms=terms,
             )
             why = f"least expected round with the announced sessions, within a random {SPREAD:.0%}"
         case "latency":

@@ -29,7 +29,7 @@ from plait.cluster import SwarmView
 from plait.errors import NoRoute
 from plait.ids import PeerId
 from plait.routing.chain import Chain
-from plait.routing.costs import CACHE_PENALTY_S, SumCost, cache_is_short, seconds_per_block
+from plait.routing.costs import CACHE_PENALTY_S, SumCost, seconds_per_block
 from plait.routing.graph import ChainGraph, Floats, chain_graph
 from plait.routing.path_values import PathValues
 from plait.routing.sweep import Path, edges, shortest_path, ways_to_go
@@ -48,25 +48,21 @@ def least_loaded_round(
     closed: bool,
     rng: np.random.Generator,
     spread: float = SPREAD,
+    terms: "LoadTerms | None" = None,
 ) -> tuple[float, Path]:
     """A chain with about the least expected round, and its expected round.
 
     `unannounced`: sessions that peers have and do not announce yet, less those that they announce and have no more.
-    `closed`: the last hop hands its token to the first, else to whoever drives the chain.
+    `closed`: the last hop hands its token to the first, else to whoever drives the chain. `terms`: of the same graph,
+    from an earlier choice.
     """
-    nobody = np.zeros(graph.servers)
-    announced = np.array(
-        [max(0, record.load.sessions + unannounced.get(record.peer, 0)) for record in graph.records],
-        dtype=np.float64,
-    )
-    closing_s = closing_delays_s(graph) if closed else None
-    idle_s, _ = shortest_round(graph, load_cost(graph, need_tokens, nobody, round_s=1.0), closing_s)
-    cost = load_cost(graph, need_tokens, announced, round_s=idle_s)
+    terms = terms or LoadTerms(graph)
+    idle_s = terms.idle_s(need_tokens, closed=closed)
+    cost = terms.cost(need_tokens, terms.sessions(unannounced), round_s=idle_s)
     factor = rng.lognormal(0.0, spread, graph.servers)[graph.machine]
-    _, path = shortest_round(
-        graph, replace(cost, arrive=cost.arrive * factor, per_block=cost.per_block * factor), closing_s
-    )
-    return _round_s(graph, cost, path, closing_s), path
+    drawn = replace(cost, arrive=cost.arrive * factor, per_block=cost.per_block * factor)
+    _, path = shortest_round(graph, drawn, terms.closing_s(closed=closed))
+    return terms.round_s(cost, path, closed=closed), path
 
 
 def expected_round_s(view: SwarmView, chain: Chain) -> float:
@@ -80,10 +76,91 @@ def expected_round_s(view: SwarmView, chain: Chain) -> float:
     if any((hop.peer, hop.span.stop) not in numbers for hop in chain):
         return np.inf
     path = tuple(numbers[hop.peer, hop.span.stop] for hop in chain)
-    closing_s = closing_delays_s(graph)
-    idle_s, _ = shortest_round(graph, load_cost(graph, 0, np.zeros(graph.servers), round_s=1.0), closing_s)
-    announced = np.array([record.load.sessions for record in graph.records], dtype=np.float64)
-    return _round_s(graph, load_cost(graph, 0, announced, round_s=idle_s), path, closing_s)
+    terms = LoadTerms(graph)
+    cost = terms.cost(0, terms.sessions({}), round_s=terms.idle_s(0, closed=True))
+    return terms.round_s(cost, path, closed=True)
+
+
+class LoadTerms:
+    """What one graph says of loads and does not change from one choice on it to the next."""
+
+    def __init__(self, graph: ChainGraph) -> None:
+        records = graph.records
+        alone_s = seconds_per_block(graph)
+        self.graph = graph
+        # Where nobody measured it, a batch is taken to gain nothing.
+        self._row_s = np.minimum(
+            _inverse([record.rates.saturated_decode_tokens_per_s for record in records], np.inf), alone_s
+        )
+        self._pass_s = alone_s - self._row_s
+        self._blocks = graph.span_blocks.astype(np.float64)
+        self._early_s = np.where(graph.early, self._blocks * self._pass_s, 0.0)
+        queued = np.array([record.load.queued_tokens for record in records])
+        prefill_s = _inverse([record.rates.prefill_tokens_per_s for record in records], 0.0)
+        transfer_s = _inverse([record.rates.network_tokens_per_s for record in records], 0.0)
+        self._arrive_s = HOP_OVERHEAD_S + transfer_s + queued * self._blocks * prefill_s / BACKLOG_STEPS
+        loads = [record.load for record in records]
+        # An unknown cache has room for anything.
+        self._free_tokens = np.array(
+            [load.kv_free_tokens if load.kv_total_tokens else np.inf for load in loads], dtype=np.float64
+        )
+        self._announced = [load.sessions for load in loads]
+        self._closing_s = closing_delays_s(graph)
+        self._values = PathValues(graph)
+        self._idle_s: dict[tuple[bytes, bool], float] = {}
+
+    def cost(self, need_tokens: int, sessions: Floats, *, round_s: float) -> SumCost:
+        """See `load_cost`."""
+        pass_s, row_s, blocks = self._pass_s, self._row_s, self._blocks
+        others = _tokens_of_others(sessions, blocks * pass_s, blocks * row_s, round_s)
+        running_s = blocks * (pass_s + row_s * np.maximum(others, 1.0))
+        busy = np.minimum(others, 1.0)
+        # Who leaves early shares no pass with those who stay, and waits for theirs too.
+        wait_s = busy * (running_s / 2 + self._early_s)
+        short = need_tokens > self._free_tokens
+        return SumCost(
+            delay_weight=1.0,
+            entry=self.graph.entry_delay_s,
+            arrive=self._arrive_s + wait_s + CACHE_PENALTY_S * short,
+            per_block=pass_s + row_s * (1 + others),
+            exit=self.graph.exit_delay_s,
+        )
+
+    def sessions(self, unannounced: Mapping[PeerId, int]) -> Floats:
+        """Sessions at each server: those announced, and those that are not yet."""
+        if not unannounced:
+            return np.array(self._announced, dtype=np.float64)
+        return np.array(
+            [
+                max(0, announced + unannounced.get(record.peer, 0))
+                for announced, record in zip(self._announced, self.graph.records, strict=True)
+            ],
+            dtype=np.float64,
+        )
+
+    def closing_s(self, *, closed: bool) -> Floats | None:
+        """From last hops to first hops, where rounds are closed."""
+        return self._closing_s if closed else None
+
+    def idle_s(self, need_tokens: int, *, closed: bool) -> float:
+        """The best round without any sessions; it depends on a request by who has too little memory for it."""
+        key = ((need_tokens > self._free_tokens).tobytes(), closed)
+        known_s = self._idle_s.get(key)
+        if known_s is None:
+            idle = self.cost(need_tokens, np.zeros(self.graph.servers), round_s=1.0)
+            known_s, _ = shortest_round(self.graph, idle, self.closing_s(closed=closed))
+            self._idle_s[key] = known_s
+        return known_s
+
+    def round_s(self, cost: SumCost, path: Path, *, closed: bool) -> float:
+        """Expected seconds of a round over a path."""
+        total = float(self._values.values([cost], [path])[0, 0])
+        if not closed:
+            return total
+        graph = self.graph
+        first = int(np.searchsorted(graph.entering, path[0]))
+        last = path[-1] - graph.leaving.start
+        return total - float(cost.entry[path[0]] + cost.exit[path[-1]]) + float(self._closing_s[last, first])
 
 
 def load_cost(graph: ChainGraph, need_tokens: int, sessions: Floats, *, round_s: float) -> SumCost:
@@ -91,33 +168,7 @@ def load_cost(graph: ChainGraph, need_tokens: int, sessions: Floats, *, round_s:
 
     A server whose free cache is too small costs PETALS' penalty more.
     """
-    records = graph.records
-    alone_s = seconds_per_block(graph)
-    # Where nobody measured it, a batch is taken to gain nothing.
-    row_s = np.minimum(
-        _inverse([record.rates.saturated_decode_tokens_per_s for record in records], np.inf), alone_s
-    )
-    pass_s = alone_s - row_s
-    blocks = graph.span_blocks.astype(np.float64)
-    others = _tokens_of_others(sessions, blocks * pass_s, blocks * row_s, round_s)
-    running_s = blocks * (pass_s + row_s * np.maximum(others, 1.0))
-    wait_s = np.minimum(others, 1.0) * running_s / 2
-    # Who leaves early shares no pass with those who stay, and waits for theirs too.
-    wait_s = wait_s + np.where(graph.early, np.minimum(others, 1.0) * blocks * pass_s, 0.0)
-    queued = np.array([record.load.queued_tokens for record in records])
-    backlog_s = queued * blocks * _inverse([record.rates.prefill_tokens_per_s for record in records], 0.0)
-    transfer_s = _inverse([record.rates.network_tokens_per_s for record in records], 0.0)
-    return SumCost(
-        delay_weight=1.0,
-        entry=graph.entry_delay_s,
-        arrive=HOP_OVERHEAD_S
-        + transfer_s
-        + wait_s
-        + backlog_s / BACKLOG_STEPS
-        + CACHE_PENALTY_S * cache_is_short(graph, need_tokens),
-        per_block=pass_s + row_s * (1 + others),
-        exit=graph.exit_delay_s,
-    )
+    return LoadTerms(graph).cost(need_tokens, sessions, round_s=round_s)
 
 
 def _inverse(rates: Sequence[float], unknown: float) -> Floats:
@@ -166,12 +217,3 @@ def shortest_round(graph: ChainGraph, cost: SumCost, closing_s: Floats | None) -
         found = shortest_path(graph, replace(laid, entering=alone, leaving=closing_s[:, first]))
         best = min(best, found)
     return best
-
-
-def _round_s(graph: ChainGraph, cost: SumCost, path: Path, closing_s: Floats | None) -> float:
-    total = float(PathValues(graph).values([cost], [path])[0, 0])
-    if closing_s is None:
-        return total
-    first = int(np.searchsorted(graph.entering, path[0]))
-    last = path[-1] - graph.leaving.start
-    return total - float(cost.entry[path[0]] + cost.exit[path[-1]]) + float(closing_s[last, first])

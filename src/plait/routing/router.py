@@ -21,6 +21,7 @@ from plait.routing.choose import (
 )
 from plait.routing.costs import Cost, SumCost, cache_is_short
 from plait.routing.graph import ChainGraph, Floats
+from plait.routing.load import LoadTerms
 from plait.routing.objectives import objectives_on
 from plait.routing.wish import RouteWish
 
@@ -52,6 +53,7 @@ class Router:
     def __init__(self) -> None:
         self._version = -1
         self._graphs: dict[tuple[Place, bool, bool], ChainGraph] = {}
+        self._terms: dict[tuple[Place, bool, bool], LoadTerms] = {}
         self._fronts: dict[tuple[object, ...], _Kept] = {}
         self._last_fronts: dict[range, Front] = {}
         self._given: dict[PeerId, tuple[int, int]] = {}  # sequence of the peer's record, sessions since
@@ -72,6 +74,7 @@ class Router:
         if view.version != self._version or len(self._graphs) > MAX_KEPT:
             self._version = view.version
             self._graphs.clear()
+            self._terms.clear()
         if len(self._fronts) > MAX_KEPT:
             self._fronts.clear()
         place = Place(blocks=blocks, without=without, after=after, before=before)
@@ -82,9 +85,17 @@ class Router:
         if has_front(wish):
             routed = pick_from(self._front(graph, place, wish, rng, deadline), wish, rng)
         else:
-            routed = single_chain(view, graph, place, wish, rng=rng, unannounced=self._unannounced(view))
+            unannounced = self._unannounced(view)
+            terms = self._load_terms(key, graph) if wish.mode == "load" else None
+            routed = single_chain(view, graph, place, wish, rng=rng, unannounced=unannounced, terms=terms)
         self._count(view, (hop.peer for hop in routed.chain), 1)
         return routed
+
+    def _load_terms(self, key: tuple[Place, bool, bool], graph: ChainGraph) -> LoadTerms:
+        terms = self._terms.get(key)
+        if terms is None:
+            terms = self._terms[key] = LoadTerms(graph)
+        return terms
 
     def _front(
         self,

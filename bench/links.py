@@ -27,6 +27,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any, Self
 
 import numpy as np
@@ -38,6 +39,7 @@ from plait.ids import PeerId, SessionId
 from plait.transport import (
     Carrier,
     Identity,
+    IrohCarrier,
     Link,
     Network,
     NetworkLimits,
@@ -57,10 +59,12 @@ SMALL_BYTES, LARGE_BYTES = 8 << 10, 4 << 20
 IN_FLIGHT = 4
 """Large messages on their way at a time when throughput is measured."""
 LAYERS = ("stream", "link", "network")
+IROH = () if find_spec("iroh") is None else ("iroh",)
+"""It is an extra: measured where it is installed."""
 KINDS = {
     "stream": ("tcp", "tls"),
-    "link": ("unix", "tcp", "tls"),
-    "network": ("unix", "tcp", "tls", "splice"),
+    "link": ("unix", "tcp", "tls", *IROH),
+    "network": ("unix", "tcp", "tls", "splice", *IROH),
 }
 
 
@@ -115,6 +119,8 @@ def carrier(kind: str, owner: Identity) -> Carrier:
             return UnixCarrier()
         case "tcp":
             return TcpCarrier()
+        case "iroh":
+            return IrohCarrier(owner, SECRET)
         case _:
             return TlsCarrier(owner, SECRET)
 

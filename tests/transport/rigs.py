@@ -3,9 +3,11 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import uvloop
 
 from plait.ids import PeerId, SessionId
@@ -13,6 +15,7 @@ from plait.simulator import run_virtual
 from plait.transport import (
     Carrier,
     Identity,
+    IrohCarrier,
     Link,
     MemoryNet,
     Network,
@@ -26,7 +29,13 @@ from plait.transport import (
 from plait.transport.connection import Connection
 from plait.wire import CloseSession, FrameLimits, Message
 
-KINDS = ("memory", "unix", "tcp", "tls", "uvloop unix", "uvloop tcp", "uvloop tls")
+_NO_IROH = pytest.mark.skipif(
+    find_spec("iroh") is None, reason="iroh is not installed: pip install 'plait[iroh]'"
+)
+KINDS = (
+    *("memory", "unix", "tcp", "tls", "uvloop unix", "uvloop tcp", "uvloop tls"),
+    *(pytest.param(kind, marks=_NO_IROH) for kind in ("iroh", "uvloop iroh")),
+)
 WAIT_S = 60.0
 UNIX_NOW_S = 1_800_000_000.0
 QUICK = NetworkLimits(
@@ -74,6 +83,8 @@ class Rig:
                 return UnixCarrier()
             case "tcp":
                 return TcpCarrier()
+            case "iroh":
+                return IrohCarrier(owner, SECRET)
             case _:
                 return TlsCarrier(owner, SECRET)
 

@@ -203,11 +203,12 @@ def test_an_address_that_is_none_is_refused(rig: Rig) -> None:
     rig.run(main())
 
 
-def test_only_tls_proves_who_is_there(rig: Rig) -> None:
+def test_tls_and_iroh_prove_who_is_there(rig: Rig) -> None:
     async def main() -> None:
         async with rig.links() as (near, far):
             proven = (near.peer, far.peer)
-            assert proven == ((rig.far.peer, rig.near.peer) if rig.kind == "tls" else (None, None))
+            proves = rig.kind in {"tls", "iroh"}
+            assert proven == ((rig.far.peer, rig.near.peer) if proves else (None, None))
 
     rig.run(main())
 

@@ -8,6 +8,7 @@ handshake.py    two ends prove who they are and that they belong to the swarm; c
 splice.py       streams that a member carries between two others
 link.py         frames over any asyncio transport; what a carrier is
 sockets.py      carriers: TCP, TLS over TCP, unix sockets
+iroh.py         carrier: QUIC by an optional library, through address translation; iroh_binding.py: that library
 tls.py          TLS 1.3 with both sides pinned, over any transport
 memory.py       carrier: nodes in one process, with delays and faults from a seed
 identity.py     a machine's ed25519 key
@@ -18,6 +19,7 @@ estimate.py     round trip and bandwidth; traffic.py: what has passed
 
 from plait.transport.estimate import LinkEstimate
 from plait.transport.identity import Identity, verified
+from plait.transport.iroh import IrohCarrier
 from plait.transport.limits import NetworkLimits
 from plait.transport.link import Carrier, Link, Listener
 from plait.transport.memory import Fault, FaultKind, MemoryCarrier, MemoryNet, Wire, draw_faults
@@ -31,6 +33,7 @@ __all__ = [
     "Fault",
     "FaultKind",
     "Identity",
+    "IrohCarrier",
     "Link",
     "LinkEstimate",
     "LinkTraffic",

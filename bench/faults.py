@@ -9,7 +9,8 @@ the faults are: src/plait/simulator/trial.py, fault_schedule.py. All seconds are
     python bench/faults.py --seeds 0:1000 --jobs 2  1,000 seeds, about 4 minutes on two cores
     python bench/faults.py --seed 518               one again, with all that happens in it, line by line
 
-A seed that shows something wrong is named with the command that replays it, and the exit code is 1.
+A seed that shows something wrong is named with the command that replays it, and the exit code is 1. Ctrl-C ends the run
+early; what was tried by then is written.
 """
 
 import argparse
@@ -146,6 +147,12 @@ def cumulative(values: Sequence[float]) -> tuple[list[float], list[float]]:
     return sorted(values), [(place + 1) / len(values) for place in range(len(values))]
 
 
+def line_of(trial: Ran) -> str:
+    report = trial.report
+    endings = Counter(request.ending for request in report.requests)
+    return f"seed {report.seed}: {dict(report.struck)} {dict(endings)}, {report.events} events, {trial.cpu_s:.2f} s"
+
+
 def sample_of(trial: Ran) -> dict[str, Any]:
     report = trial.report
     return {
@@ -180,19 +187,18 @@ def main() -> None:
         wrong = replay(arguments.seed)
         raise SystemExit("\n".join(wrong) or 0)
     trials: list[Ran] = []
-    for trial in run_seeds(arguments.seeds, arguments.jobs):
-        trials.append(trial)
-        report = trial.report
-        print(
-            f"seed {report.seed}: {dict(report.struck)} {dict(Counter(each.ending for each in report.requests))}, "
-            f"{report.events} events, {trial.cpu_s:.2f} s",
-            *report.violations,
-            sep="\n    ",
-            flush=True,
-        )
+    try:
+        for trial in run_seeds(arguments.seeds, arguments.jobs):
+            trials.append(trial)
+            print(line_of(trial), *trial.report.violations, sep="\n    ", flush=True)
+    except KeyboardInterrupt:
+        print(f"stopped after {len(trials)} trials", flush=True)
     write_result(
         arguments.name,
-        settings={"seeds": [arguments.seeds.start, arguments.seeds.stop], "jobs": arguments.jobs},
+        settings={
+            "seeds": [arguments.seeds.start, arguments.seeds.start + len(trials)],
+            "jobs": arguments.jobs,
+        },
         samples=[sample_of(trial) for trial in trials],
         summary=summary_of(trials),
         figures=figures_of(trials),

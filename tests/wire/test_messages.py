@@ -132,6 +132,11 @@ def test_noise_is_refused(noise: bytes) -> None:
     assert isinstance(message, KINDS)
 
 
+def test_a_tag_that_is_no_text_is_refused() -> None:
+    with pytest.raises(BadFrame, match="not a message"):
+        decode_message(b"\x91\xa1\xff")
+
+
 def test_depth_is_refused() -> None:
     for opening in (b"\x91", b"\x81\x01"):
         with pytest.raises(BadFrame):

@@ -27,5 +27,5 @@ def decode_message(header: bytes) -> Message:
     """
     try:
         return _DECODER.decode(header)
-    except (msgspec.DecodeError, RecursionError) as error:  # ValidationError is a DecodeError
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadFrame(f"what came is not a message: {error}") from None

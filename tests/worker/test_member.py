@@ -20,7 +20,7 @@ from swarm_rig import (
 )
 
 from plait.cluster import PeerRates, PeerRecord
-from plait.errors import BadSetup, EngineFailure
+from plait.errors import BadSetup
 from plait.ids import PeerId
 from plait.session import GenerationRequest
 from plait.simulator import run_virtual
@@ -398,7 +398,7 @@ def test_a_broken_engine_ends_the_member(monkeypatch: pytest.MonkeyPatch) -> Non
             member = await it.add("one", blocks=range(6))
             await member.wait_settled()
             assert member.worker is not None
-            member.worker.failure = EngineFailure("the device is gone")
+            member.worker._stop("the device is gone")
             await member.wait_left()
             assert member.failure is not None and "device is gone" in member.failure.message
 

@@ -246,16 +246,22 @@ class Member:
             return loop.time() + float(rng.uniform(0, 2 * options.rebalance_s))
 
         look_s = next_look_s()
-        while not self._leaving.is_set() and worker.failure is None:
-            await self._sleep(LOOK_S if not moves else min(LOOK_S, max(0.0, look_s - loop.time())))
-            if moves and loop.time() >= look_s:
+        reasons = [asyncio.ensure_future(event.wait()) for event in (self._leaving, worker.broken)]
+        try:
+            while True:
+                wait_s = max(0.0, look_s - loop.time()) if moves else None
+                done, _ = await asyncio.wait(reasons, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+                if done:
+                    return blocks
                 look_s = next_look_s()
                 better = await self._better_blocks()
                 if better is not None and better != blocks:
                     log.info("moving from blocks %s to %s", format_blocks(blocks), format_blocks(better))
                     self.moves_total += 1
                     return better
-        return blocks
+        finally:
+            for reason in reasons:
+                reason.cancel()
 
     async def _better_blocks(self) -> range | None:
         """Where this machine should move to; seconds of work in a swarm of a thousand, so not for the event loop."""

@@ -106,7 +106,7 @@ class SpanWorker:
     """Serves one span; enter it to start. The owner of the network calls `on_message` and `on_lost`.
 
     `model` names the model: sessions of another one are refused. `run_step` runs the engine's steps.
-    `failure` is set when the engine is broken and the worker has stopped.
+    `failure` is set when the engine is broken and the worker has stopped, which `broken` is waited for.
     """
 
     def __init__(
@@ -121,6 +121,7 @@ class SpanWorker:
         self.engine = engine
         self.blocks = engine.blocks
         self.failure: ServingError | None = None
+        self.broken = asyncio.Event()
         self.block_tokens_total = 0
         """Positions that have come out, times the blocks they went through."""
         self._network = network
@@ -434,7 +435,7 @@ class SpanWorker:
     def _engine_feed(self, live: _Live, feed: Feed) -> None:
         if self._live.get(live.session.id) is not live:
             return
-        hidden = None if feed.rows is None else torch.as_tensor(feed.rows)
+        hidden = None if feed.rows is None else torch.from_numpy(feed.rows)
         try:
             self.engine.feed(
                 live.session.id,
@@ -539,6 +540,7 @@ class SpanWorker:
 
     def _stop(self, reason: str) -> None:
         self.failure = EngineFailure(reason)
+        self.broken.set()
         for id in list(self._live):
             self._session_failed(id, "engine", reason)
 

@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from plait.errors import BadFrame
-from plait.wire import HiddenFormat, decode_hidden, encode_hidden, hidden_bytes
+from plait.wire import HiddenFormat, decode_hidden, encode_hidden, hidden_bytes, surely_finite
 from plait.wire.hidden import INT8_BLOCK_VALUES
 
 FORMATS: tuple[HiddenFormat, ...] = ("float32", "bfloat16", "int8")
@@ -100,3 +100,18 @@ def test_buffers_of_another_size_are_refused(format: HiddenFormat) -> None:
             decode_hidden(bad, format, 3, 70)
     with pytest.raises(BadFrame, match="unknown format"):
         decode_hidden(good, "float8", 3, 70)  # type: ignore[arg-type]
+
+
+@given(
+    arrays.arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 40)), elements=st.floats(width=32))
+)
+def test_what_is_surely_finite_is_finite(values: NDArray[np.float32]) -> None:
+    assert np.isfinite(values).all() or not surely_finite(values)
+
+
+def test_a_token_of_ordinary_numbers_is_seen_to_be_finite() -> None:
+    rows = np.random.default_rng(0).normal(0, 1000, (1, 4096)).astype(np.float32)
+    assert surely_finite(rows)
+    for wrong in (np.nan, np.inf, -np.inf):
+        rows[0, 17] = wrong
+        assert not surely_finite(rows)

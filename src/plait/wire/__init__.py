@@ -22,7 +22,7 @@ from plait.wire.frame import (
     encode_frame,
     frame_bytes,
 )
-from plait.wire.hidden import HiddenFormat, decode_hidden, encode_hidden, hidden_bytes
+from plait.wire.hidden import HiddenFormat, decode_hidden, encode_hidden, hidden_bytes, surely_finite
 from plait.wire.link_messages import (
     LINK_VERSION,
     NONCE_BYTES,
@@ -188,4 +188,5 @@ __all__ = [
     "hidden_bytes",
     "printable",
     "reason_text",
+    "surely_finite",
 ]

@@ -39,18 +39,17 @@ class SpanInputs:
 
     def __init__(self, pages: int, page_tokens: int, hidden: int | None) -> None:
         self._pool = KvBlockPool(pages, page_tokens)
-        self._rows: Tensor | None = None
+        self._rows: np.ndarray | None = None
         if hidden is not None:
             try:
                 # numpy's zeros are pages of the kernel's that are handed out on first touch.
-                rows = np.zeros((pages * page_tokens, hidden), dtype=np.float32)
+                self._rows = np.zeros((pages * page_tokens, hidden), dtype=np.float32)
             except MemoryError:
                 size = format_bytes(pages * self.page_bytes(page_tokens, hidden))
                 raise BadSetup(
                     f"the inputs kept beside the KV cache need {size}, more than this machine gives; ask for a smaller "
                     "cache"
                 ) from None
-            self._rows = torch.from_numpy(rows)
 
     @staticmethod
     def page_bytes(page_tokens: int, hidden: int | None) -> int:
@@ -81,14 +80,14 @@ class SpanInputs:
     def write(self, table: Sequence[int], start: int, hidden: Tensor) -> None:
         """Keep inputs [tokens, hidden] from position `start` on."""
         assert self._rows is not None
-        places = self._places(table, start, len(hidden))
-        self._rows.index_copy_(0, torch.from_numpy(places), hidden.to("cpu", torch.float32))
+        self._rows[self._places(table, start, len(hidden))] = hidden.to("cpu", torch.float32).numpy()
 
     def read(self, parts: Iterable[tuple[Sequence[int], int, int]]) -> Tensor:
         """Inputs of several sessions, one after the other: (table, first position, tokens) each."""
         assert self._rows is not None
-        places = np.concatenate([self._places(*part) for part in parts])
-        return self._rows.index_select(0, torch.from_numpy(places))
+        places = [self._places(*part) for part in parts]
+        rows = self._rows.take(places[0] if len(places) == 1 else np.concatenate(places), axis=0)
+        return torch.from_numpy(rows)
 
     def check(self, tables: Iterable[Sequence[int]]) -> None:
         """Assert that pages are held by these tables and nobody else."""

@@ -176,6 +176,9 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
                     self._end()
                     return
                 self._link.buffer_updated(count)
+                if not self._received.pending and not self._tls.pending():
+                    self._flush()
+                    return  # nothing is left: to be told so by an exception takes longer than a record
         except ssl.SSLWantReadError:
             self._flush()
         except ssl.SSLZeroReturnError:

@@ -1,7 +1,10 @@
 """What would happen on machines that one does not have: live code on a virtual clock, in two ways.
 
-The live system's coroutines, with other clocks, wires and models (virtual_loop.py):
-  fault_schedule.py, faulty_network.py, machine.py, trial.py, hash_model.py, watched_engine.py: trials with faults
+The live system's coroutines on a virtual clock (virtual_loop.py), which live through faults:
+  trial.py               one trial, and all that is checked in it; trial_report.py: what became of it
+  fault_schedule.py      what goes wrong, drawn from a seed; havoc.py, faulty_network.py: carry it out
+  trial_swarm.py         its machines (machine.py); hash_model.py: a model that forgives nothing
+  invariants.py          what must hold after every event; watched_engine.py, recovery_watch.py: see what happens
 
 The live system's decisions on a heap of events, for policies and capacity:
   cluster_run.py         a run: requests arrive, end, wait, and move off machines that are gone

@@ -13,7 +13,7 @@ LAYERS = (
     {"settings"},
     {"gateway", "client", "bench"},
     {"simulator"},
-    {"worker"},
+    {"worker", "profiler"},
     {"engine", "metrics", "transport"},
     {"kernels"},
     {"placement"},

@@ -50,6 +50,7 @@ PROFILE = Profile(
         first_block=0,
         end_block=8,
         model_blocks=8,
+        equal_blocks=True,
         weight_format="bf16",
         kv_format="bf16",
     ),
@@ -85,6 +86,19 @@ def test_a_span_has_its_share_and_the_parts_add_up() -> None:
         assert parts[0].host_s(work) == 1e-3
     with pytest.raises(MissingCost, match="blocks 4:9 of 'small' were not measured"):
         PROFILE.table_costs(range(4, 9))
+
+
+def test_a_few_blocks_stand_for_all_where_all_are_equal() -> None:
+    work = StepWork.of([(1, 50), (4, 0)], sampled=0)
+    last_two = replace(PROFILE, model=replace(PROFILE.model, first_block=6))
+    assert last_two.table_costs().step_s(work) == pytest.approx(4 * PROFILE.table_costs().step_s(work))
+    assert last_two.table_costs().weight_bytes == 800
+    unequal = replace(last_two, model=replace(last_two.model, equal_blocks=False))
+    assert unequal.table_costs(range(7, 8)).step_s(work) == pytest.approx(
+        PROFILE.table_costs().step_s(work) / 2
+    )
+    with pytest.raises(MissingCost, match="only 6:8"):
+        unequal.table_costs()
 
 
 def test_a_profile_of_another_machine_is_refused_unless_forced() -> None:

@@ -19,9 +19,11 @@ from plait.cli.generate import generate
 from plait.cli.join import join
 from plait.cli.keys import token
 from plait.cli.models import models, pull
+from plait.cli.profile import profile
 from plait.cli.route import route
 from plait.cli.serve import serve
 from plait.cli.show_settings import show_settings
+from plait.cli.simulate import simulate
 from plait.cli.swarm_commands import leave, status
 from plait.cli.terminal import JsonFlag, error_line, print_fields, print_json
 from plait.cli.up import up
@@ -54,7 +56,23 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 it failed, 2 the command or this machine is not set up for it.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (serve, join, up, status, leave, route, chat, generate, demo, models, pull, cache, doctor):
+for _command in (
+    serve,
+    join,
+    up,
+    status,
+    leave,
+    route,
+    chat,
+    generate,
+    demo,
+    models,
+    pull,
+    cache,
+    profile,
+    simulate,
+    doctor,
+):
     app.command()(_command)
 app.add_typer(bench, name="bench")
 app.add_typer(token, name="token")

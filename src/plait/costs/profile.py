@@ -5,7 +5,7 @@ on the machine they were measured on, so a profile of another machine is refused
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import msgspec
@@ -44,13 +44,17 @@ class OperationSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfiledModel:
-    """Which model, blocks and formats were measured. `shape` is a digest of what the model computes."""
+    """Which model, blocks and formats were measured. `shape` is a digest of what the model computes.
+
+    `equal_blocks`: all blocks of the model compute alike, so that the measured ones stand for all.
+    """
 
     name: str
     shape: str
     first_block: int
     end_block: int
     model_blocks: int
+    equal_blocks: bool
     weight_format: str
     kv_format: str
 
@@ -58,6 +62,9 @@ class ProfiledModel:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
     """One machine, one model. `clock`: `wall`, or `cpu` for the time that the one computing thread was running.
+
+    `tables`, `regression` and `samples` are of the measured blocks, with the head if they end the model; `facts` are of
+    the whole model.
 
     `errors`: of held-out points by operation, and of whole steps by model (`steps`, `steps by regression`).
     """
@@ -84,20 +91,20 @@ class Profile:
     def table_costs(
         self, blocks: range | None = None, *, facts: SpanFacts | None = None, extrapolates: bool = False
     ) -> TableCosts:
-        """Costs of these blocks (all that were measured) by tables.
+        """Costs of these blocks of the model (None: all) by tables.
 
         Without `facts`, a part of the blocks has as large a part of the memory, which ignores embedding and head.
 
         Raises:
-            MissingCost: blocks that were not measured.
+            MissingCost: blocks that were not measured, nor others like them.
         """
-        share, decides, shared = self._span(blocks)
+        span = self._span(blocks)
         return TableCosts(
             self.tables,
-            facts or shared,
+            facts or self._facts(span),
             self.host,
-            block_share=share,
-            decides=decides,
+            block_share=len(span) / len(self.blocks),
+            decides=self._decides(span),
             extrapolates=extrapolates,
         )
 
@@ -107,33 +114,42 @@ class Profile:
         """The same by regression.
 
         Raises:
-            MissingCost: blocks that were not measured.
+            MissingCost: as above.
         """
-        share, decides, shared = self._span(blocks)
-        head = self.tables.head if decides else None
-        return RegressionCosts(self.regression, facts or shared, self.host, block_share=share, head=head)
+        span = self._span(blocks)
+        return RegressionCosts(
+            self.regression,
+            facts or self._facts(span),
+            self.host,
+            block_share=len(span) / len(self.blocks),
+            head=self.tables.head if self._decides(span) else None,
+        )
 
-    def _span(self, blocks: range | None) -> tuple[float, bool, SpanFacts]:
-        here = self.blocks
-        span = here if blocks is None else blocks
-        if not span or span.start < here.start or span.stop > here.stop:
+    def _span(self, blocks: range | None) -> range:
+        span = range(self.model.model_blocks) if blocks is None else blocks
+        known = range(self.model.model_blocks) if self.model.equal_blocks else self.blocks
+        if not span or span.start < known.start or span.stop > known.stop:
             raise MissingCost(
                 f"blocks {span.start}:{span.stop} of {self.model.name!r} were not measured, only "
-                f"{here.start}:{here.stop}; profile them"
+                f"{self.blocks.start}:{self.blocks.stop}; profile them"
             )
-        share = len(span) / len(here)
-        facts = SpanFacts(
+        return span
+
+    def _decides(self, span: range) -> bool:
+        return span.stop == self.model.model_blocks
+
+    def _facts(self, span: range) -> SpanFacts:
+        share = len(span) / self.model.model_blocks
+        return replace(
+            self.facts,
             weight_bytes=round(self.facts.weight_bytes * share),
             kv_bytes_per_token=round(self.facts.kv_bytes_per_token * share),
-            hidden_bytes_per_token=self.facts.hidden_bytes_per_token,
-            power=self.facts.power,
         )
-        return share, span.stop == self.model.model_blocks, facts
 
 
 def format_profile(profile: Profile) -> str:
     """The text of a profile's file; reading it gives an equal profile."""
-    return msgspec.json.format(msgspec.json.encode(profile), indent=1).decode()
+    return msgspec.json.encode(profile).decode() + "\n"
 
 
 def parse_profile(text: str | bytes, *, where: str) -> Profile:
@@ -185,7 +201,8 @@ def tables_of(
     points: dict[Operation, dict[int, dict[int, float]]] = {}
     for sample in samples:
         if use_held_out or not sample.held_out:
-            points.setdefault(sample.operation, {}).setdefault(sample.row, {})[sample.place] = sample.seconds
+            value = sample.seconds / sample.row if sample.operation == "prefill" else sample.seconds
+            points.setdefault(sample.operation, {}).setdefault(sample.row, {})[sample.place] = value
 
     def curve(places: Mapping[int, float]) -> Curve:
         ordered = sorted(places)
@@ -210,17 +227,19 @@ def tables_of(
 
 
 def predict(tables: OperationTables, sample: OperationSample) -> float:
-    """What tables say of a point."""
+    """What tables say of a point.
+
+    Raises:
+        MissingCost: they have no such operation.
+    """
     match sample.operation:
         case "dense":
             return tables.dense.at(sample.place)
-        case "head":
-            table = tables.head
-            assert table is not None
-            return table.at(sample.place)
-        case "prefill":
-            grid = tables.prefill
-        case "decode":
-            grid = tables.decode
-    assert grid is not None
-    return grid.at(sample.row, sample.place)
+        case "head" if tables.head is not None:
+            return tables.head.at(sample.place)
+        case "prefill" if tables.prefill is not None:
+            return sample.row * tables.prefill.at(sample.row, sample.place)
+        case "decode" if tables.decode is not None:
+            return tables.decode.at(sample.row, sample.place)
+        case _:
+            raise MissingCost(f"these tables have no {sample.operation!r}; profile again")

@@ -1,0 +1,120 @@
+# pyright: standard
+"""The real engine under a load of made-up requests, step by step.
+
+These steps took no part in any fit of the device's time: they say how well tables and regression predict what the
+scheduler makes of requests. Half of them fit the host's part of a step, the other half judges that too.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from plait.costs import CostModel, HostOverhead, PredictionErrors, StepWork, fit_host, prediction_errors
+from plait.engine import Engine, SpanEngine, Tokenizer
+from plait.ids import RequestId
+from plait.kvcache import KvBlockPool
+from plait.profiler.stopwatch import Stopwatch
+from plait.scheduling import Scheduler, StepLimits, policy_named
+from plait.session import GenerationRequest, SamplingParams
+from plait.workload import LengthMix, LogNormal
+
+_WARM_UP_STEPS = 8
+_CHAT = LengthMix(
+    prompt=LogNormal(median_tokens=120, spread=1.0),
+    output=LogNormal(median_tokens=24, spread=0.7),
+    least_tokens=2,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveStep:
+    """One step of the engine, and how often the process was interrupted in it."""
+
+    work: StepWork
+    device_s: float
+    host_s: float
+    interruptions: int
+
+
+def run_live(
+    span: SpanEngine,
+    stopwatch: Stopwatch,
+    tokenizer: Tokenizer,
+    *,
+    steps: int,
+    step_tokens: int,
+    sequences: int,
+    rng: np.random.Generator,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> tuple[LiveStep, ...]:
+    """Serve random prompts on a loaded whole model until so many steps have run; uses the KV memory of `span`.
+
+    Requests come in waves, so that steps with few and many sequences, with prompts and without, all occur. Tokens are
+    sampled (greedy choices would repeat themselves), and no answer ends early.
+    """
+    engine = Engine(
+        decoder=stopwatch,
+        store=span.store,
+        host_store=None,
+        scheduler=Scheduler(
+            policy_named("paged"),
+            KvBlockPool(span.store.kv_blocks, span.store.block_tokens),
+            None,
+            StepLimits(step_tokens=step_tokens, max_running_sequences=sequences, max_waiting=10**6),
+        ),
+        tokenizer=tokenizer,
+        eos_token_ids=frozenset(),
+        max_model_tokens=span.max_model_tokens,
+        namespace_of=lambda request, longest: b"profile",
+        prefix_caching=False,
+        seed=0,
+    )
+    vocabulary, taken, added = tokenizer.vocab_tokens, list[LiveStep](), 0
+    while len(taken) < steps + _WARM_UP_STEPS:
+        if not engine.has_work or rng.random() < 0.08:
+            wave = 1 + int(rng.integers(sequences) * rng.random())
+            prompts, outputs = _CHAT.draw(wave, rng, most_total_tokens=span.max_model_tokens - 1)
+            for prompt, output in zip(prompts.tolist(), outputs.tolist(), strict=True):
+                ids = tuple(rng.integers(0, vocabulary, prompt).tolist())
+                sampling = SamplingParams(max_tokens=output, ignore_eos=True, temperature=1.0)
+                engine.add(
+                    GenerationRequest(
+                        id=RequestId(f"profile-{added}"), prompt_token_ids=ids, sampling=sampling
+                    )
+                )
+                added += 1
+        thread_s = time.thread_time()
+        engine.step()
+        thread_s = time.thread_time() - thread_s
+        times = stopwatch.latest
+        taken.append(
+            LiveStep(
+                work=stopwatch.latest_work,
+                device_s=times.device_s,
+                host_s=max(0.0, thread_s - times.device_thread_s),
+                interruptions=times.interruptions,
+            )
+        )
+        if on_progress is not None:
+            on_progress(len(taken), steps + _WARM_UP_STEPS)
+    return tuple(taken[_WARM_UP_STEPS:])
+
+
+def fit_and_judge(
+    steps: Sequence[LiveStep], models: dict[str, CostModel]
+) -> tuple[HostOverhead, dict[str, PredictionErrors]]:
+    """The host's overhead from the even steps; errors over all steps (device), over the odd ones (with the host)."""
+    host = fit_host([step.work for step in steps[::2]], [step.host_s for step in steps[::2]])
+    errors: dict[str, PredictionErrors] = {}
+    for name, model in models.items():
+        errors[name] = prediction_errors(
+            [model.step_s(step.work) for step in steps], [step.device_s for step in steps]
+        )
+        judged = steps[1::2]
+        errors[f"{name}, with the host"] = prediction_errors(
+            [model.step_s(step.work) + host.of(step.work) for step in judged],
+            [step.device_s + step.host_s for step in judged],
+        )
+    return host, errors

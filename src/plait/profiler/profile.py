@@ -1,0 +1,162 @@
+# pyright: standard
+"""`plait profile`: load a model, measure it, and put a profile together."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+import numpy as np
+
+from plait.costs import (
+    NO_OVERHEAD,
+    PROFILE_FORMAT,
+    PROFILE_VERSION,
+    CostModel,
+    Profile,
+    ProfiledModel,
+    SpanFacts,
+)
+from plait.engine import (
+    EngineOptions,
+    Tokenizer,
+    computing_format,
+    load_span_engine,
+    open_checkpoint,
+    read_span_sizes,
+    usable_cores,
+)
+from plait.errors import BadSetup
+from plait.profiler.fingerprint import hardware_fingerprint, library_versions
+from plait.profiler.grid import ProfileGrid
+from plait.profiler.live import fit_and_judge, run_live
+from plait.profiler.loopback import measure_loopback
+from plait.profiler.operations import measure_operations
+from plait.profiler.stopwatch import Clock, PassMaker, Stopwatch
+
+_HIDDEN_BYTES = 4
+"""Of a number that goes on to the next span: float32, unless the swarm is told otherwise."""
+OnProgress = Callable[[str, int, int], None]
+"""A stage, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileWish:
+    """What to measure. `blocks` None: all; a few of the last stand for all where all are equal.
+
+    `clock` `cpu` counts the time in which the computing thread ran; it needs a CPU and one thread.
+    """
+
+    name: str
+    blocks: range | None = None
+    step_tokens: int = 512
+    context_tokens: int = 4096
+    sequences: int = 64
+    repeats: int = 9
+    live_steps: int = 120
+    clock: Clock = "wall"
+    seed: int = 0
+
+
+def profile_model(
+    options: EngineOptions, wish: ProfileWish, on_progress: OnProgress | None = None
+) -> Profile:
+    """Measure a model on this machine; takes minutes, and its memory twice where `blocks` are not all.
+
+    Raises:
+        BadSetup: the wish does not fit the model or the machine.
+    """
+    threads = options.threads or usable_cores()
+    if wish.clock == "cpu" and (options.device != "cpu" or threads != 1):
+        raise BadSetup(
+            "the clock of processor time needs a CPU and one thread; add --threads 1, or take --clock wall"
+        )
+    if wish.repeats < 1 or wish.live_steps < 20:
+        raise BadSetup("a profile needs at least 1 repeat and 20 steps of the engine")
+    checkpoint = open_checkpoint(options.folder)
+    spec = checkpoint.spec
+    blocks = wish.blocks or spec.all_blocks
+    equal_blocks = len(set(spec.blocks)) == 1
+    if blocks.stop != len(spec.blocks) or (blocks != spec.all_blocks and not equal_blocks):
+        raise BadSetup(
+            f"blocks {blocks.start}:{blocks.stop} cannot stand for all {len(spec.blocks)}: take the last ones of a "
+            "model whose blocks are equal, or all"
+        )
+    options = replace(options, threads=threads)
+    weight_format, kv_format = computing_format(options, spec)
+    sizes = read_span_sizes(checkpoint, options)
+    report = on_progress or (lambda stage, done, total: None)
+    engine = load_span_engine(options, blocks, on_progress=lambda done, all: report("weights", done, all))
+    rng = np.random.default_rng(wish.seed)
+    stopwatch = Stopwatch(engine.decoder, wish.clock)
+    step_tokens = wish.step_tokens
+    if not stopwatch.tells_operations:
+        step_tokens = min(step_tokens, engine.store.kv_blocks)  # a sequence for each token
+    grid = ProfileGrid(
+        step_tokens=step_tokens,
+        context_tokens=min(wish.context_tokens, engine.max_model_tokens - 1),
+        sequences=wish.sequences,
+        kv_blocks=engine.store.kv_blocks,
+        block_tokens=engine.store.block_tokens,
+        sequence_tokens=engine.max_model_tokens,
+    )
+    measured = measure_operations(
+        PassMaker(stopwatch, engine.store, rng),
+        grid,
+        tells_operations=stopwatch.tells_operations,
+        clock=wish.clock,
+        repeats=wish.repeats,
+        rng=rng,
+        on_progress=lambda done, all: report("operations", done, all),
+    )
+    profile = Profile(
+        format=PROFILE_FORMAT,
+        version=PROFILE_VERSION,
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+        fingerprint=hardware_fingerprint(device=options.device, threads=threads),
+        versions=library_versions(),
+        model=ProfiledModel(
+            name=wish.name,
+            shape=hashlib.sha256(repr(spec).encode()).hexdigest()[:16],
+            first_block=blocks.start,
+            end_block=blocks.stop,
+            model_blocks=len(spec.blocks),
+            equal_blocks=equal_blocks,
+            weight_format=weight_format,
+            kv_format=kv_format,
+        ),
+        clock=wish.clock,
+        facts=SpanFacts(
+            weight_bytes=sizes.weight_bytes(spec.all_blocks),
+            kv_bytes_per_token=round(sum(sizes.kv_bytes_per_token)),
+            hidden_bytes_per_token=spec.hidden * _HIDDEN_BYTES,
+        ),
+        host=NO_OVERHEAD,
+        tables=measured.tables,
+        regression=measured.regression,
+        links={"loopback": measure_loopback()},
+        samples=measured.samples,
+        errors=measured.errors,
+    )
+    if blocks != spec.all_blocks:
+        del engine, stopwatch
+        engine = load_span_engine(
+            options, spec.all_blocks, on_progress=lambda done, all: report("all weights", done, all)
+        )
+        stopwatch = Stopwatch(engine.decoder, wish.clock)
+    steps = run_live(
+        engine,
+        stopwatch,
+        Tokenizer(options.folder, model_vocab_tokens=spec.vocab_tokens),
+        steps=wish.live_steps,
+        step_tokens=min(step_tokens, options.limits.step_tokens),
+        sequences=min(wish.sequences, step_tokens),
+        rng=rng,
+        on_progress=lambda done, all: report("engine", done, all),
+    )
+    models: dict[str, CostModel] = {
+        "steps": profile.table_costs(extrapolates=True),
+        "steps by regression": profile.regression_costs(),
+    }
+    host, errors = fit_and_judge(steps, models)
+    return replace(profile, host=host, errors={**profile.errors, **errors})

@@ -141,14 +141,16 @@ def _objectives(limits: dict[str, float]) -> str:
 
 def _draw(samples: dict[str, Any], title: str, file: Path) -> None:
     """The share of requests (of gaps) that took at most so long."""
+    from importlib import import_module
+
+    import numpy as np
+
     try:
-        import matplotlib
+        matplotlib: Any = import_module("matplotlib")
     except ImportError:
         raise BadSetup("--plot needs matplotlib; install plait[bench]") from None
     matplotlib.use("Agg")
-    import numpy as np
-    from matplotlib import pyplot
-
+    pyplot: Any = import_module("matplotlib.pyplot")  # its types are partial
     canvas, axes = pyplot.subplots(figsize=(6, 4))
     for name, values in samples.items():
         if len(values):

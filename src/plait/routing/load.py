@@ -154,10 +154,12 @@ class LoadTerms:
 
     def round_s(self, cost: SumCost, path: Path, *, closed: bool) -> float:
         """Expected seconds of a round over a path."""
+        graph = self.graph
+        if closed and len(path) == 1 and graph.blocks.stop == graph.end[path[0]]:
+            return float(cost.arrive[path[0]] + len(graph.blocks) * cost.per_block[path[0]])  # most often
         total = float(self._values.values([cost], [path])[0, 0])
         if not closed:
             return total
-        graph = self.graph
         first = int(np.searchsorted(graph.entering, path[0]))
         last = path[-1] - graph.leaving.start
         return total - float(cost.entry[path[0]] + cost.exit[path[-1]]) + float(self._closing_s[last, first])

@@ -52,7 +52,7 @@ class RunOptions:
     announce_s: float = 5.0
     silence_s: float = 3.0
     check: Literal["event", "some", "end"] = "some"
-    check_every: int = 10_000
+    check_every: int = 100_000
 
 
 class ClusterRun:

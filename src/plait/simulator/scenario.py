@@ -45,11 +45,11 @@ class _Part(BaseModel):
 class LimitsPart(_Part):
     """Of a step and of the queues; see `StepLimits`."""
 
-    step_tokens: int = Field(2048, ge=1)
-    max_running_sequences: int = Field(256, ge=1)
-    max_waiting: int = Field(100_000, ge=1)
-    long_prefill_tokens: int | None = Field(None, ge=1)
-    watermark_fraction: float = Field(0.01, ge=0, lt=1)
+    step_tokens: int = Field(default=2048, ge=1)
+    max_running_sequences: int = Field(default=256, ge=1)
+    max_waiting: int = Field(default=100_000, ge=1)
+    long_prefill_tokens: int | None = Field(default=None, ge=1)
+    watermark_fraction: float = Field(default=0.01, ge=0, lt=1)
     preemption: Literal["recompute", "swap", "auto"] = "auto"
 
 
@@ -67,20 +67,20 @@ class MachinePart(_Part):
     add up), a `profile` that was measured, or `linear` ones."""
 
     name: str = Field(min_length=1, max_length=64)
-    count: int = Field(1, ge=1, le=100_000)
+    count: int = Field(default=1, ge=1, le=100_000)
     blocks: str | None = None
     device: str | None = None
-    devices: int = Field(1, ge=1)
+    devices: int = Field(default=1, ge=1)
     profile: Path | None = None
     linear: LinearPart | None = None
-    efficiency_fraction: float | None = Field(None, gt=0, le=1)
+    efficiency_fraction: float | None = Field(default=None, gt=0, le=1)
     host_s: NotNegative = 0.0
     weights: str = "bf16"
     kv: str = "bf16"
     memory: Size | None = None
     kv_memory: Size | None = None
     swap_memory: Size = 0
-    block_tokens: int = Field(16, ge=1)
+    block_tokens: int = Field(default=16, ge=1)
     scheduling: str = "paged"
     limits: LimitsPart = LimitsPart()
     site: str = ""
@@ -115,11 +115,11 @@ class WorkloadPart(_Part):
     """Requests of a `trace` file, or `requests` drawn: lengths of a named mix at `rate_per_s` (0: all at once)."""
 
     trace: Path | None = None
-    requests: int | None = Field(None, ge=1, le=100_000_000)
+    requests: int | None = Field(default=None, ge=1, le=100_000_000)
     lengths: str = "sharegpt-like"
     rate_per_s: NotNegative | None = None
     burstiness: Positive = 1.0
-    max_request_tokens: int | None = Field(None, ge=2)
+    max_request_tokens: int | None = Field(default=None, ge=2)
 
 
 class RoutingPart(_Part):
@@ -159,7 +159,7 @@ class ObjectivesPart(_Part):
 class RunPart(_Part):
     """How the run goes; see `RunOptions`."""
 
-    sessions_per_machine: int | None = Field(None, ge=1)
+    sessions_per_machine: int | None = Field(default=None, ge=1)
     patience_s: Positive = 120.0
     announce_s: Positive = 5.0
     silence_s: Positive = 3.0
@@ -170,7 +170,7 @@ class Scenario(_Part):
     """All of it."""
 
     name: str = ""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     model: str
     machines: tuple[MachinePart, ...] = Field(min_length=1)
     network: NetworkPart = NetworkPart()

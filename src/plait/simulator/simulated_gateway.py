@@ -39,6 +39,7 @@ class SimulatedGateway:
     ) -> None:
         self._workers = workers
         self._wish = wish
+        self._wishes: dict[int, RouteWish] = {}
         self._rng = rng
         self._router = Router()
         self._records = _records(list(workers.values()), network)
@@ -69,7 +70,9 @@ class SimulatedGateway:
             NoRoute: some block has no machine that is known to be there.
         """
         self._refresh()
-        wish = replace(self._wish, need_tokens=need_tokens)
+        wish = self._wishes.get(need_tokens)
+        if wish is None:
+            wish = self._wishes[need_tokens] = replace(self._wish, need_tokens=need_tokens)
         routed = self._router.choose(
             self.view, blocks, wish, rng=self._rng, without=without, after=after, before=before
         )

@@ -1,0 +1,133 @@
+"""What decides in a simulation is what decides live: nothing is written twice, and a bug in the live code shows."""
+
+import ast
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clusters import machine, replicas, run_of, trace
+
+from plait import kvcache, routing, scheduling, simulator
+from plait.kvcache import KvBlockPool
+from plait.routing import Router
+from plait.scheduling import Grant, SchedulerView, StepPlan
+from plait.scheduling.paged import PagedPolicy
+from plait.simulator import ClusterRun, EventFailed
+from plait.workload import TraceRequest
+
+PACKAGE = Path(simulator.__file__).parent
+DECIDING = {
+    # What the live classes answer, whatever a second one would be called.
+    "Scheduler": {"schedule", "complete"},
+    "a policy": {"plan_step"},
+    "KvBlockPool": {"allocate", "release"},
+    "PrefixIndex": {"match", "publish"},
+    "a planner": {"plan_placement"},
+}
+
+
+def classes() -> list[tuple[str, ast.ClassDef]]:
+    return [
+        (path.name, node)
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+
+
+def test_the_simulator_defines_nothing_that_decides() -> None:
+    live = {
+        name
+        for package in (scheduling, routing, kvcache)
+        for name, each in vars(package).items()
+        if inspect.isclass(each) or inspect.isfunction(each)
+    }
+    for file, node in classes():
+        methods = {
+            each.name for each in node.body if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)
+        }
+        assert node.name not in live, f"{file} defines a second {node.name}"
+        for what, answers in DECIDING.items():
+            assert not answers <= methods, f"{file}: {node.name} looks like {what}"
+    for path in sorted(PACKAGE.rglob("*.py")):
+        functions = {
+            node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)
+        }
+        assert not functions & live, f"{path.name} defines {functions & live} again"
+
+
+def test_a_run_consists_of_the_live_classes() -> None:
+    run = run_of(replicas(2), trace(0, 5, 20.0))
+    run.run()
+    for worker in run.workers.values():
+        assert type(worker.scheduler) is scheduling.Scheduler
+        assert type(worker.pool) is kvcache.KvBlockPool
+        assert type(worker.spec.policy) is PagedPolicy
+    assert type(run.gateway._router) is Router  # pyright: ignore[reportPrivateUsage]  that is the claim
+
+
+def times_s(run: ClusterRun) -> list[float]:
+    run.run()
+    return list(run.outcomes.end_s)
+
+
+def test_a_bug_planted_in_the_live_policy_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    right_s = times_s(run_of(replicas(2), trace(0, 60, 60.0)))
+    plan_step = PagedPolicy.plan_step
+
+    def forgetful(self: PagedPolicy, view: SchedulerView) -> StepPlan:
+        plan = plan_step(self, view)
+        grants: list[Grant] = list(plan.grants)
+        admitted = {admission.request.id for admission in plan.admissions}
+        while len(grants) > 2 and grants[-1].request.id not in admitted:
+            grants.pop()  # decodes of all but the first two wait
+        return StepPlan(grants, victims=plan.victims, admissions=plan.admissions)
+
+    monkeypatch.setattr(PagedPolicy, "plan_step", forgetful)
+    wrong_s = times_s(run_of(replicas(2), trace(0, 60, 60.0)))
+    assert sum(wrong_s) > 1.1 * sum(right_s)
+
+
+def test_a_bug_planted_in_the_live_router_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    right_s = times_s(run_of(replicas(4), trace(0, 60, 100.0)))
+    choose = Router.choose
+    first: list[Any] = []
+
+    def stubborn(self: Router, *args: Any, **kwargs: Any) -> Any:
+        first.append(choose(self, *args, **kwargs))
+        return first[0]
+
+    monkeypatch.setattr(Router, "choose", stubborn)
+    wrong_s = times_s(run_of(replicas(4), trace(0, 60, 100.0)))
+    assert sum(wrong_s) > 1.05 * sum(right_s)
+
+
+def test_a_bug_planted_in_the_live_cache_is_found_by_an_invariant(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = KvBlockPool.release
+
+    def leaky(self: KvBlockPool, kv_blocks: Any) -> None:
+        release(self, list(kv_blocks)[1:])
+
+    monkeypatch.setattr(KvBlockPool, "release", leaky)
+    with pytest.raises((EventFailed, AssertionError), match="references"):
+        run_of(replicas(1), trace(0, 10, 20.0)).run()
+
+
+def test_policies_differ_as_they_do_live() -> None:
+    """Static batching makes a short answer wait for the batch before it, ORCA's reservation for memory."""
+    requests = [TraceRequest(arrival_s=0.0, prompt_tokens=100, output_tokens=400)]
+    requests += [
+        TraceRequest(arrival_s=0.1 + 0.01 * n, prompt_tokens=20, output_tokens=10) for n in range(20)
+    ]
+    mean_s: dict[str, float] = {}
+    for policy in ("static", "orca", "paged"):
+        run = run_of([machine("one", policy=policy, kv_blocks=38)], requests)
+        run.run()
+        short = [
+            end_s
+            for end_s, tokens in zip(run.outcomes.end_s, run.outcomes.output_tokens, strict=True)
+            if tokens == 10
+        ]
+        mean_s[policy] = sum(short) / len(short)
+    assert mean_s["paged"] < mean_s["orca"] < mean_s["static"]

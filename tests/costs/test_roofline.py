@@ -9,13 +9,18 @@ import plait.model
 from plait.costs import (
     DEVICES,
     PERFECT,
+    Curve,
     Efficiency,
     Formats,
+    Grid,
     HostOverhead,
+    OperationTables,
     RooflineCosts,
     SpanShape,
     StepWork,
+    calibrated_roofline,
     device_named,
+    formats_of,
 )
 from plait.errors import BadSetup, MissingCost
 from plait.model import (
@@ -104,7 +109,7 @@ def test_a_window_bounds_what_attention_costs() -> None:
 
     def attention(shape: SpanShape, new: int, context: int) -> float:
         work = StepWork.of([(new, context)], sampled=0)
-        return next(each.flops for each in shape.operations(work) if each.name == "attention")
+        return next(each.flops for each in shape.operations(work) if each.name.endswith("attention"))
 
     each_pair = 4 * 32 * 128 * 32
     assert attention(windowed, 1, 100) == attention(whole, 1, 100) == each_pair * 101
@@ -157,6 +162,48 @@ def test_efficiency_follows_the_rows() -> None:
         Efficiency(rows=(2, 1), compute_fractions=(0.5, 0.5))
     with pytest.raises(BadSetup, match="fraction"):
         Efficiency(rows=(1,), compute_fractions=(1.5,))
+
+
+def test_a_roofline_of_measured_tables_has_their_seconds_back() -> None:
+    """Tables of a device that is one: efficiencies that rise with the rows, attention at a tenth of the peak."""
+    rows = (1, 2, 8, 64, 256)
+    truth = Efficiency(
+        rows=rows, compute_fractions=(0.05, 0.1, 0.3, 0.9, 1.0), attention_fractions=(0.1,) * 5
+    )
+    spec = llama_8b()
+    exact = costs(spec, efficiency=truth)
+    without_head = [StepWork.of([(1, 0)] * count, sampled=0) for count in rows]
+    with_context = {
+        (row, place): exact.step_s(StepWork.of([(row, place)], sampled=0))
+        - exact.step_s(StepWork.of([(row, 0)], sampled=0))
+        for row in rows
+        for place in (0, 4096)
+    }
+    dense = Curve(tuple(map(float, rows)), tuple(exact.step_s(work) for work in without_head))
+
+    def curve(row: int, divisor: float) -> Curve:
+        return Curve((0.0, 4096.0), tuple(with_context[row, place] / divisor for place in (0, 4096)))
+
+    tables = OperationTables(
+        dense=dense,
+        head=None,
+        prefill=Grid(tuple(map(float, rows[1:])), tuple(curve(row, row) for row in rows[1:])),
+        decode=Grid((1.0,), (curve(1, 1),)),
+        most_context_tokens=4096,
+    )
+    shape = SpanShape(spec, spec.all_blocks, Formats())
+    found = calibrated_roofline(tables, shape, HostOverhead())
+    for work in [*without_head, StepWork.of([(1, 3000)], sampled=0), StepWork.of([(64, 2000)], sampled=0)]:
+        assert found.step_s(work) == pytest.approx(exact.step_s(work), rel=0.03)
+    half = calibrated_roofline(tables, shape, HostOverhead(), span=SpanShape(spec, range(16), Formats()))
+    assert half.step_s(DECODE) == pytest.approx(found.step_s(replace(DECODE, sampled=0)) / 2, rel=0.01)
+
+
+def test_formats_of_engines_are_understood() -> None:
+    assert formats_of("torch-float32", "float32").weights == "fp32"
+    assert formats_of("int4-g128", "int8").compute == "int8"
+    with pytest.raises(BadSetup, match="no weight format is called 'int3'"):
+        formats_of("int3", "bf16")
 
 
 def test_the_host_is_apart() -> None:

@@ -3,7 +3,7 @@
 work.py       the work of one forward pass
 model.py      `CostModel`, the interface that every model has, and the host's part of a step
 shape.py      operations, weights and cache of a span, counted from the model; formats.py: the bytes of its numbers
-roofline.py   a `CostModel` of published peaks and measured efficiency; devices.py: the published figures
+roofline.py   a `CostModel` of peaks and efficiencies: published ones (devices.py), measured ones (calibration.py)
 tables.py     a `CostModel` of tables of measured operations; blend.py: curves and grids
 regression.py a `CostModel` of six coefficients
 noise.py      any of them, with the scatter that was measured; accuracy.py: how far predictions are off
@@ -14,9 +14,10 @@ links.py      links that flows share
 
 from plait.costs.accuracy import PredictionErrors, prediction_errors
 from plait.costs.blend import Curve, Grid
+from plait.costs.calibration import calibrated_roofline
 from plait.costs.devices import DEVICES, Device, device_named
 from plait.costs.energy import PowerDraw
-from plait.costs.formats import Formats
+from plait.costs.formats import Formats, formats_of
 from plait.costs.links import (
     Flow,
     FluidState,
@@ -95,6 +96,7 @@ __all__ = [
     "StepWork",
     "TableCosts",
     "advance",
+    "calibrated_roofline",
     "change_links",
     "check_fingerprint",
     "device_named",
@@ -102,6 +104,7 @@ __all__ = [
     "fit_host",
     "fit_steps",
     "format_profile",
+    "formats_of",
     "next_end_s",
     "non_negative_least_squares",
     "parse_profile",

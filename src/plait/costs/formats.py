@@ -43,3 +43,18 @@ class Formats:
         ):
             if name not in known:
                 raise BadSetup(f"no {kind} format is called {name!r}; known are {', '.join(known)}")
+
+
+_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "bf16", "float64": "fp32"}
+
+
+def formats_of(weight_format: str, kv_format: str) -> Formats:
+    """The formats of an engine, from its own names of them (`torch-float32`, `bf16`, `int4-g128`, ...).
+
+    Raises:
+        BadSetup: an unknown name.
+    """
+    weights = weight_format.removeprefix("torch-")
+    weights = _NAMES.get(weights, weights)
+    compute = {"int4": "int8", "int4-g128": "int8"}.get(weights, weights)
+    return Formats(weights=weights, kv=_NAMES.get(kv_format, kv_format), activations="fp32", compute=compute)

@@ -20,32 +20,35 @@ from plait.errors import BadSetup, MissingCost
 class Efficiency:
     """Which part of a device's published peaks operations reach.
 
-    `compute_fractions` at `rows` rows of a product, blended between them and constant outside.
+    `compute_fractions` at `rows` rows of a product, blended between them and constant outside; `attention_fractions`
+    of attention with so many rows of a sequence, the same where there are none.
     """
 
     rows: tuple[int, ...] = (1,)
     compute_fractions: tuple[float, ...] = (1.0,)
+    attention_fractions: tuple[float, ...] = ()
     bandwidth_fraction: float = 1.0
     launch_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if (
-            not self.rows
-            or len(self.rows) != len(self.compute_fractions)
-            or list(self.rows) != sorted(self.rows)
-        ):
+        wrong = not self.rows or list(self.rows) != sorted(self.rows) or len(set(self.rows)) < len(self.rows)
+        if wrong or len(self.compute_fractions) != len(self.rows):
             raise BadSetup("an efficiency has as many fractions as rows, and its rows ascend")
-        if not all(0 < fraction <= 1 for fraction in (*self.compute_fractions, self.bandwidth_fraction)):
+        if self.attention_fractions and len(self.attention_fractions) != len(self.rows):
+            raise BadSetup("an efficiency has as many fractions of attention as rows, or none")
+        fractions = (*self.compute_fractions, *self.attention_fractions, self.bandwidth_fraction)
+        if not all(0 < fraction <= 1 for fraction in fractions):
             raise BadSetup("an efficiency is a fraction above 0 and up to 1")
 
-    def compute_fraction(self, rows: int) -> float:
+    def compute_fraction(self, rows: int, *, attention: bool = False) -> float:
         """Of the peak, for a product of so many rows."""
+        fractions = (self.attention_fractions if attention else ()) or self.compute_fractions
         place = bisect_right(self.rows, rows)
         if place == 0 or place == len(self.rows):
-            return self.compute_fractions[max(place - 1, 0)]
+            return fractions[max(place - 1, 0)]
         low, high = self.rows[place - 1], self.rows[place]
         part = (rows - low) / (high - low)
-        return self.compute_fractions[place - 1] * (1 - part) + self.compute_fractions[place] * part
+        return fractions[place - 1] * (1 - part) + fractions[place] * part
 
 
 PERFECT = Efficiency()
@@ -103,6 +106,8 @@ class RooflineCosts:
     def operation_s(self, operation: OperationWork) -> float:
         """Seconds of one operation."""
         peak = self.device.flops_per_s[self.shape.formats.compute]
-        compute_s = operation.flops / (peak * self.efficiency.compute_fraction(operation.rows))
+        attention = operation.name.endswith("attention")
+        fraction = self.efficiency.compute_fraction(operation.rows, attention=attention)
+        compute_s = operation.flops / (peak * fraction)
         bandwidth = self.device.bandwidth_bytes_per_s * self.efficiency.bandwidth_fraction
         return max(compute_s, operation.bytes / bandwidth) + self.efficiency.launch_s

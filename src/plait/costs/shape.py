@@ -91,7 +91,7 @@ class SpanShape:
                     rows=tokens,
                 )
             )
-            result.append(self._attention(spec, count, work))
+            result.extend(self._attention(spec, count, work))
             result.append(self._feed_forward(block, count, tokens))
         if self.decides and work.sampled:
             matrix = self.model.vocab_tokens * self.model.embedding_width
@@ -105,24 +105,31 @@ class SpanShape:
             )
         return tuple(result)
 
-    def _attention(self, spec: AttentionSpec, count: int, work: StepWork) -> OperationWork:
-        seen = spec.window_tokens or spec.chunk_tokens
-        if seen is None:
-            pairs, read = work.features.attended_tokens, work.features.context_tokens + work.features.tokens
-        else:
-            pairs, read = _windowed(work, seen)
+    def _attention(self, spec: AttentionSpec, count: int, work: StepWork) -> list[OperationWork]:
+        """Of sequences that bring one token, and of those that bring more: devices do the two differently well."""
         kv_bytes = (
             spec.kv_planes
             * spec.cached_heads
             * (spec.cached_dim * KV_BYTES[self.formats.kv] + KV_SCALE_BYTES.get(self.formats.kv, 0.0))
         )
         width = 2 * spec.cached_dim if spec.latent else spec.head_dim + spec.value_dim
-        return OperationWork(
-            name="attention",
-            flops=count * 2.0 * pairs * spec.heads * width,
-            bytes=count * read * kv_bytes,
-            rows=work.features.tokens,
-        )
+        features, result = work.features, list[OperationWork]()
+        prompts = features.sequences - features.decodes
+        for name, decodes, sequences, tokens in (
+            ("decode_attention", True, features.decodes, features.decodes),
+            ("prefill_attention", False, prompts, features.prefill_tokens),
+        ):
+            if sequences:
+                pairs, read = _attended(work, spec.window_tokens or spec.chunk_tokens, decodes=decodes)
+                result.append(
+                    OperationWork(
+                        name=name,
+                        flops=count * 2.0 * pairs * spec.heads * width,
+                        bytes=count * read * kv_bytes,
+                        rows=round(tokens / sequences),
+                    )
+                )
+        return result
 
     def _feed_forward(self, block: BlockSpec, count: int, tokens: int) -> OperationWork:
         hidden, parts = self.model.hidden, block.feed_forward
@@ -182,11 +189,23 @@ def _held(block: BlockSpec, hidden: int) -> int:
     return parts.experts * mlp_weights(parts.expert, hidden) + shared + hidden * parts.experts
 
 
-def _windowed(work: StepWork, seen: int) -> tuple[float, int]:
-    """Pairs of query and key, and keys read, where a query sees at most its last `seen` tokens."""
+def _attended(work: StepWork, seen: int | None, *, decodes: bool) -> tuple[float, int]:
+    """Pairs of query and key, and keys read, where a query sees at most its last `seen` tokens.
+
+    Of the sequences with one new token if `decodes`, of the others if not.
+    """
+    features = work.features
+    if seen is None and decodes:
+        read = features.decode_context_tokens + features.decodes
+        return read, read
+    if seen is None:
+        squares = features.prefill_chunk_squared + features.prefill_tokens
+        read = features.context_tokens - features.decode_context_tokens + features.prefill_tokens
+        return features.prefill_chunk_times_context + squares / 2, read
     pairs, read = 0.0, 0
     for new, context in zip(work.new_tokens, work.context_tokens, strict=True):
-        growing = min(new, max(0, seen - context))  # rows that still see everything
-        pairs += growing * (context + (growing + 1) / 2) + (new - growing) * seen
-        read += new + min(context, seen - 1)
+        if (new == 1) == decodes:
+            growing = min(new, max(0, seen - context))  # rows that still see everything
+            pairs += growing * (context + (growing + 1) / 2) + (new - growing) * seen
+            read += new + min(context, seen - 1)
     return pairs, read

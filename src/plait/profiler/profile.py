@@ -16,6 +16,9 @@ from plait.costs import (
     Profile,
     ProfiledModel,
     SpanFacts,
+    SpanShape,
+    calibrated_roofline,
+    formats_of,
 )
 from plait.engine import (
     EngineOptions,
@@ -84,6 +87,7 @@ def profile_model(
         )
     options = replace(options, threads=threads)
     weight_format, kv_format = computing_format(options, spec)
+    formats = formats_of(weight_format, kv_format)
     sizes = read_span_sizes(checkpoint, options)
     report = on_progress or (lambda stage, done, total: None)
     engine = load_span_engine(options, blocks, on_progress=lambda done, all: report("weights", done, all))
@@ -157,6 +161,12 @@ def profile_model(
     models: dict[str, CostModel] = {
         "steps": profile.table_costs(extrapolates=True),
         "steps by regression": profile.regression_costs(),
+        "steps by roofline": calibrated_roofline(
+            measured.tables,
+            SpanShape(spec, blocks, formats),
+            NO_OVERHEAD,
+            span=SpanShape(spec, spec.all_blocks, formats),
+        ),
     }
     host, errors = fit_and_judge(steps, models)
     return replace(profile, host=host, errors={**profile.errors, **errors})

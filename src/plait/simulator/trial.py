@@ -40,7 +40,8 @@ from plait.simulator.trial_report import MOST_VIOLATIONS, Recovery, RequestRepor
 from plait.simulator.trial_swarm import TrialSwarm
 from plait.simulator.virtual_loop import VirtualLoop, place_of, run_virtual
 from plait.transport import NetworkLimits
-from plait.wire import Message, Step, Tokens
+from plait.wire import Fault, Message, Refused, Step, Tokens
+from plait.worker import MembershipLimits
 
 ENDED_BY_S = 400.0
 """After the last fault: no session may go on without a token for so long (24 rounds of `TIMES.token_s`, and more)."""
@@ -49,8 +50,9 @@ FREED_SOON_S = 3.0
 LEFT_BY_S = 30.0
 NOTICED_BY_S = NetworkLimits().dead_after_s + 1.0
 """A machine that vanishes, by heartbeats; the rest is the way there and back, and the step that runs meanwhile."""
-_JOINED_S = 2.0
-"""Until all have heard of a machine that joins: a hop that has not is told of a peer that it cannot reach."""
+_JOINED_S = MembershipLimits().digest_s + 1.0
+"""Until all have heard of a machine that joins: a hop that has not is told of a peer that it cannot reach. Rumours take
+less, but may miss somebody; digests miss nobody."""
 
 
 def run_trial(schedule: FaultSchedule, *, trace: Callable[[str], None] | None = None) -> TrialReport:
@@ -160,6 +162,8 @@ class Trial:
             detail += f" n{message.number} {message.start}+{len(message.token_ids)}"
         elif isinstance(message, Tokens):
             detail += f" n{message.number} {message.position}: {message.token_ids}"
+        elif isinstance(message, Fault | Refused):
+            detail += f" {message.code}"
         self.note(f"{machine.name} hears {type(message).__name__}{detail} of {self._swarm.name(peer)}")
         if machine is self._swarm.gateway and isinstance(message, Tokens):
             self._recoveries.heard(message)

@@ -12,6 +12,7 @@ ServingError
 ├── EngineFailure   the engine broke while serving a request    HTTP 500
 │   ├── EngineLost       a part of it is gone: it stops         HTTP 500, exit code 1
 │   ├── PeerLost         another machine is gone or silent; the session goes on without it
+│   │   └── BlocksLost   KV blocks that it had lent are gone with it; they are computed again
 │   └── BadFrame         bytes that the swarm's protocol does not allow
 └── BadSetup        settings, weights or hardware do not fit    exit code 2
     ├── MissingCost      nothing says what this would cost
@@ -83,6 +84,14 @@ class EngineLost(EngineFailure):
 
 class PeerLost(EngineFailure):
     """Another machine of the swarm is gone, does not answer, or broke the protocol."""
+
+
+class BlocksLost(PeerLost):
+    """Borrowed KV blocks are gone; `kv_blocks` are the numbers that stood for them, where the debtor knows."""
+
+    def __init__(self, message: str, *, kv_blocks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.kv_blocks = kv_blocks
 
 
 class BadFrame(EngineFailure):

@@ -5,7 +5,8 @@ checkpoint.py      what a folder holds, before any tensor is read
 loader.py          the weights of a span of blocks; stored.py reads one tensor
 packed.py          the same for the CPU kernels; packed_layout.py says what goes where, packed_cache.py keeps it on disk
 decoder.py         one configurable forward pass; attention.py, moe.py, rotary.py are its parts
-kv_store.py        the memory of KV blocks
+kv_store.py        the memory of KV blocks; kv_loans.py lends and borrows some of them
+split_attention.py attention over blocks here and on other machines; partial.py merges the parts
 tokenizer.py       text to tokens; chat_template.py, detokenizer.py
 sampling.py        logits to tokens; beam.py, constraints.py
 live.py            a request in the works: what a new token means for it
@@ -31,6 +32,7 @@ from plait.engine.hub import (
     resolve_model,
     side_files,
 )
+from plait.engine.kv_loans import HolderShare, KvLoans, OutgoingBlock
 from plait.engine.kv_store import KvExtents
 from plait.engine.live import LiveRequest, check_prompt, new_sequence
 from plait.engine.options import (
@@ -40,7 +42,9 @@ from plait.engine.options import (
     usable_cores,
 )
 from plait.engine.packed_cache import KeptWeights, folder_beside, kept_weights, user_cache_folder
+from plait.engine.partial import Partial
 from plait.engine.ranks import Rank, RankGroup, RankPlan, load_rank, vocabularies
+from plait.engine.remote_kv import PartialAsk, PendingParts, RemoteKv
 from plait.engine.sampling import SampledToken
 from plait.engine.span_engine import SpanEngine, SpanLoad
 from plait.engine.span_inputs import SpanInputs
@@ -58,13 +62,20 @@ __all__ = [
     "Engine",
     "EngineOptions",
     "EngineStatus",
+    "HolderShare",
     "KeptWeights",
     "KvExtents",
+    "KvLoans",
     "LiveRequest",
     "Matcher",
+    "OutgoingBlock",
+    "Partial",
+    "PartialAsk",
+    "PendingParts",
     "Rank",
     "RankGroup",
     "RankPlan",
+    "RemoteKv",
     "SampledToken",
     "SequenceChunk",
     "SpanDecoder",

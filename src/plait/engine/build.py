@@ -10,6 +10,7 @@ from plait.engine import native
 from plait.engine.checkpoint import Checkpoint, open_checkpoint
 from plait.engine.decoder import Decoder, SpanDecoder
 from plait.engine.engine import Engine
+from plait.engine.kv_loans import KvLoans
 from plait.engine.kv_store import KvExtents, KvStore, kv_extent_bytes
 from plait.engine.loader import Progress, load_weights
 from plait.engine.options import DTYPES, EngineOptions, usable_cores
@@ -19,7 +20,7 @@ from plait.engine.span_engine import SpanEngine
 from plait.engine.span_inputs import INPUTS_PER_KV_TOKEN, SpanInputs
 from plait.engine.tokenizer import Tokenizer
 from plait.errors import BadSetup
-from plait.kvcache import KvBlockPool, PrefixNamespace
+from plait.kvcache import KvBlockPool, LoanTerms, PrefixNamespace
 from plait.scheduling import Scheduler, policy_named
 from plait.session import GenerationRequest
 from plait.units import format_bytes
@@ -97,12 +98,13 @@ def load_span_engine(
     blocks: range,
     *,
     on_progress: Callable[[int, int], None] | None = None,
+    loan_terms: LoanTerms | None = None,
 ) -> SpanEngine:
     """Read the tensors of a span of blocks, and no others, and return an engine for the sessions that cross it.
 
     `options.kv_cache_bytes` pays for the KV blocks and for the inputs that are kept beside them (`SpanInputs`), which
     on a CPU is the same memory; on a GPU the inputs are in the host's, and not counted. `on_progress` is told the bytes
-    read and the bytes to read.
+    read and the bytes to read. With `loan_terms` it lends and borrows KV blocks (`SpanEngine.loans`).
 
     Raises:
         BadSetup: as for `load_engine`; the blocks are not the model's; the policy cannot take blocks back.
@@ -128,20 +130,31 @@ def load_span_engine(
     kv_blocks = _kv_blocks(options, build.extent_bytes + math.ceil(INPUTS_PER_KV_TOKEN * input_bytes))
     host_kv_blocks = options.swap_bytes // build.extent_bytes
     host_store = build.make_store(host_kv_blocks, "cpu") if host_kv_blocks else None
+    store = build.make_store(kv_blocks, options.device)
+    pool = KvBlockPool(kv_blocks, options.block_tokens)
+    scheduler = Scheduler(
+        policy,
+        pool,
+        KvBlockPool(host_kv_blocks, options.block_tokens) if host_store is not None else None,
+        options.limits,
+    )
+    loans = None
+    if loan_terms is not None:
+        if not isinstance(store, KvStore):
+            raise BadSetup("KV blocks are lent and borrowed in plain torch only; start with --dtype float32")
+        loans = KvLoans(spec, scheduler, pool, store, loan_terms)
+    borrowable_blocks = options.limits.borrowable_blocks if loans is not None else 0
+    held_blocks = kv_blocks + borrowable_blocks
     return SpanEngine(
         decoder=build.load_decoder(on_progress),
-        store=build.make_store(kv_blocks, options.device),
+        store=store,
         host_store=host_store,
-        scheduler=Scheduler(
-            policy,
-            KvBlockPool(kv_blocks, options.block_tokens),
-            KvBlockPool(host_kv_blocks, options.block_tokens) if host_store is not None else None,
-            options.limits,
-        ),
-        inputs=SpanInputs(int(INPUTS_PER_KV_TOKEN * kv_blocks), options.block_tokens, hidden),
+        scheduler=scheduler,
+        inputs=SpanInputs(int(INPUTS_PER_KV_TOKEN * held_blocks), options.block_tokens, hidden),
         tokenizer=tokenizer,
         eos_token_ids=frozenset(checkpoint.eos_token_ids),
-        max_model_tokens=_max_model_tokens(options, spec.max_model_tokens, kv_blocks),
+        max_model_tokens=_max_model_tokens(options, spec.max_model_tokens, held_blocks),
+        loans=loans,
     )
 
 

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from plait.engine.constraints import ConstraintCompiler, Matcher
 from plait.engine.decoder import SpanDecoder
+from plait.engine.kv_loans import KvLoans
 from plait.engine.kv_store import KvExtents, move_blocks
 from plait.engine.sampling import check_logit_bias, ending_token_ids
 from plait.engine.span_inputs import SpanInputs
@@ -43,7 +44,7 @@ from plait.engine.span_session import Answer, DueRows, Feed, Language, LiveSessi
 from plait.engine.step import SequenceChunk
 from plait.engine.stored import all_finite
 from plait.engine.tokenizer import Tokenizer
-from plait.errors import BadRequest, EngineFailure, NoCapacity, NotFound, ServingError
+from plait.errors import BadRequest, BlocksLost, EngineFailure, NoCapacity, NotFound, ServingError
 from plait.ids import RequestId, SessionId
 from plait.scheduling import NewRequest, ScheduledChunk, ScheduledStep, Scheduler
 from plait.session import Constraint, SamplingParams
@@ -84,6 +85,7 @@ class SpanEngine:
         tokenizer: Tokenizer | None,
         eos_token_ids: frozenset[int],
         max_model_tokens: int,
+        loans: KvLoans | None = None,
     ) -> None:
         """`tokenizer` is for the span that ends the model: it knows which ids are padding, and constraints need it."""
         self.spec = decoder.spec
@@ -91,6 +93,8 @@ class SpanEngine:
         self.embeds = decoder.blocks.start == 0
         self.decides = decoder.blocks.stop == len(decoder.spec.blocks)
         self.max_model_tokens = max_model_tokens
+        self.loans = loans
+        """KV blocks lent and borrowed; call `loans_changed` when a debt has."""
         assert self.decides == (tokenizer is not None)
         assert inputs.total_tokens >= max_model_tokens, "the earliest session must always have room"
         self._decoder = decoder
@@ -235,6 +239,10 @@ class SpanEngine:
         failures, self._failures = self._failures, []
         return failures
 
+    def loans_changed(self) -> None:
+        """Blocks were borrowed, moved or lost, so that a step may be able to do more than the last."""
+        self._stalled = False
+
     def abort_running(self) -> list[SessionId]:
         """End every session that has run, after `step` raised; returns their ids."""
         ids = [id for id, live in self._sessions.items() if live.started]
@@ -270,6 +278,8 @@ class SpanEngine:
     def step(self) -> list[SpanOutput]:
         """Run one forward pass over what the scheduler chooses, and say what came out.
 
+        Nothing comes out where borrowed KV blocks turned out to be lost: what needs them is computed again.
+
         Raises:
             EngineFailure: the decoder failed; `abort_running` makes the engine usable again.
         """
@@ -283,7 +293,14 @@ class SpanEngine:
             for chunk in step.chunks:
                 ran = self._prepare(chunk)
                 groups.setdefault(ran.live.blocks, []).append(ran)
-            results = [self._run(blocks, passes) for blocks, passes in groups.items()]
+            try:
+                results = [self._run(blocks, passes) for blocks, passes in groups.items()]
+            except BlocksLost as lost:
+                assert self.loans is not None and lost.kv_blocks
+                self._scheduler.undo(step)
+                self._step = None
+                self.loans.lose(lost.kv_blocks)
+                return []
             self._scheduler.complete(step)
             self._step = None
             if not results:
@@ -316,7 +333,9 @@ class SpanEngine:
 
     def check(self) -> None:
         """Assert that scheduler, kept inputs and sessions agree."""
-        self._scheduler.check()
+        self._scheduler.check(self.loans.holders() if self.loans is not None else ())
+        if self.loans is not None:
+            self.loans.check()
         self._inputs.check([live.pages for live in self._sessions.values()])
         counts = self._scheduler.counts()
         assert (

@@ -273,6 +273,11 @@ class Scheduler:
             self._preempt(Victim(request, swap=False))
         return [request.id for request in victims]
 
+    @property
+    def borrowable_blocks(self) -> int:
+        """Most blocks that may be borrowed at once."""
+        return self._limits.borrowable_blocks
+
     def wanted_blocks(self) -> int:
         """Blocks that are short: for all that is known of those running and of the first waiting, and one for each."""
         blocks_for = self._pool.blocks_for

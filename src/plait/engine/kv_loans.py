@@ -1,0 +1,181 @@
+# pyright: standard
+"""Lending and borrowing KV blocks, between the steps of an engine: books, scheduler and memory kept together.
+
+A debtor moves full blocks out while it goes on computing: their content does not change any more, so it is copied at
+leisure (`start_moves`), and between two steps, once the creditor has it, the block tables name the borrowed block
+instead (`finish_move`). A creditor needs the model's shape and memory, no weights: it stores what it is sent and
+attends over it.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from plait.engine.attention import Reach
+from plait.engine.kv_store import KvStore
+from plait.engine.partial import Partial
+from plait.engine.remote_kv import PartialAsk
+from plait.engine.split_attention import Shard, attend_shard, plan_shard
+from plait.errors import BadRequest, BlocksLost
+from plait.ids import PeerId
+from plait.kvcache import DebtBook, KvBlockPool, LentBlock, LoanBook, LoanTerms, RemoteBlock
+from plait.model import ModelSpec
+from plait.scheduling import Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingBlock:
+    """A full block on its way: the number that will stand for it, where it goes, and its content, one extent."""
+
+    borrowed: int
+    place: RemoteBlock
+    content: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HolderShare:
+    """What one creditor holds of what is asked: its blocks, where each begins, and the numbers that stand for them."""
+
+    creditor: PeerId
+    blocks: tuple[LentBlock, ...]
+    starts: tuple[int, ...]
+    numbers: tuple[int, ...]
+
+
+class KvLoans:
+    """Both ends of one engine's loans. Call it between steps; `attend` also during them, in the same thread."""
+
+    def __init__(
+        self, spec: ModelSpec, scheduler: Scheduler, pool: KvBlockPool, store: KvStore, terms: LoanTerms
+    ) -> None:
+        self.book = LoanBook(pool, terms)
+        self.debts = DebtBook(pool)
+        self.store = store
+        self._spec = spec
+        self._scheduler = scheduler
+        self._pool = pool
+        self._moves: dict[int, int] = {}
+        self._planned: tuple[tuple[object, ...], Shard] | None = None
+
+    # -- as creditor -----------------------------------------------------------------------------------
+
+    def write(self, debtor: PeerId, block: LentBlock, content: Tensor) -> bool:
+        """Take the content of a lent block; False if it is not the debtor's.
+
+        Raises:
+            BadRequest: it is not one extent.
+        """
+        extents = self.store.extents
+        if content.shape != extents.shape[1:] or content.dtype != extents.dtype:
+            raise BadRequest(
+                f"a KV block here is {extents.shape[1]} numbers of {extents.dtype}, and what came is "
+                f"{tuple(content.shape)} of {content.dtype}"
+            )
+        answer = self.book.fill(debtor, block)
+        if answer == "write":
+            self.store.write_blocks([block.kv_block], content[None])
+        return answer != "refused"
+
+    def attend(
+        self,
+        debtor: PeerId,
+        blocks: Sequence[LentBlock],
+        starts: Sequence[int],
+        block: int,
+        position: int,
+        query: Tensor,
+    ) -> Partial:
+        """Attend a debtor's query [tokens, heads, dim] at `position` over blocks that hold tokens from `starts` on.
+
+        Raises:
+            BlocksLost: some of the blocks are not the debtor's, or not any more.
+            BadRequest: the query does not fit the model.
+        """
+        if not self.book.may_read(debtor, blocks):
+            raise BlocksLost("some of these KV blocks are not lent to you, or not any more")
+        if block not in self.store.blocks:
+            raise BadRequest(f"block {block} of the model is not here")
+        attention = self._spec.blocks[block].attention
+        tokens = query.shape[0] if query.dim() == 3 else 0
+        if not tokens or query.shape[1] != attention.heads or query.shape[2] != attention.cached_dim:
+            raise BadRequest(f"a query of shape {tuple(query.shape)} is not one of block {block}")
+        reach = Reach.of(attention)
+        kv_heads = attention.heads if attention.latent else attention.kv_heads
+        key = (reach, kv_heads, query.dtype, tuple(blocks), tuple(starts), position, tokens)
+        if self._planned is None or self._planned[0] != key:  # one plan serves all blocks of the model
+            shard = plan_shard(
+                self.store,
+                reach,
+                kv_heads,
+                query.dtype,
+                [each.kv_block for each in blocks],
+                starts,
+                range(position, position + tokens),
+            )
+            self._planned = key, shard
+        return attend_shard(self.store, self._planned[1], self.store.blocks.index(block), query, attention)
+
+    # -- as debtor -------------------------------------------------------------------------------------
+
+    def wanted_blocks(self) -> int:
+        """Blocks that should be borrowed now, as far as the scheduler may."""
+        most = self._scheduler.borrowable_blocks - self.debts.borrowed_blocks
+        return max(0, min(most, self._scheduler.wanted_blocks()))
+
+    def start_moves(self, kv_blocks: int) -> list[OutgoingBlock]:
+        """Choose up to so many full blocks to move out, as far as borrowed ones are empty, and copy their content."""
+        room = min(kv_blocks, self.debts.empty_blocks)
+        sources = self._scheduler.movable(room, self._moves.values()) if room > 0 else []
+        outgoing: list[OutgoingBlock] = []
+        for source, borrowed in zip(sources, self.debts.take_empty(len(sources)), strict=True):
+            self._pool.share([source])
+            self._moves[borrowed] = source
+            content = self.store.read_blocks([source])[0]
+            outgoing.append(OutgoingBlock(borrowed, self.debts.place(borrowed), content))
+        return outgoing
+
+    def finish_move(self, borrowed: int, accepted: bool) -> None:
+        """The creditor has the content, or refused it: then the block stays here, and that borrowed one is lost."""
+        source = self._moves.pop(borrowed, None)
+        if source is None:  # it was lost meanwhile
+            return
+        self._pool.release([source])
+        if not accepted:
+            self.debts.lose([borrowed])
+        elif self._scheduler.relocate(source, borrowed):
+            self.debts.filled(borrowed)
+        else:
+            self.debts.cancel(borrowed)
+
+    def shares(self, asked: PartialAsk) -> list[HolderShare]:
+        """Who holds which of the blocks asked for, in the order of their first ones."""
+        found: dict[PeerId, list[tuple[LentBlock, int, int]]] = {}
+        for number, start in zip(asked.kv_blocks, asked.starts, strict=True):
+            place = self.debts.place(number)
+            found.setdefault(place.creditor, []).append((place.block, start, number))
+        return [HolderShare(creditor, *zip(*each, strict=True)) for creditor, each in found.items()]
+
+    def lose(self, numbers: Iterable[int]) -> None:
+        """Borrowed blocks are lost: whoever used them computes them again."""
+        lost = list(numbers)
+        self._scheduler.lose(lost)
+        for borrowed in lost:
+            if borrowed in self._moves:
+                self._pool.release([self._moves.pop(borrowed)])
+        self.debts.lose(lost)
+
+    def lose_creditor(self, creditor: PeerId) -> None:
+        """A creditor is gone, and all that it lent."""
+        self.lose(list(self.debts.numbers(creditor).values()))
+
+    # -- both ------------------------------------------------------------------------------------------
+
+    def holders(self) -> list[list[int]]:
+        """Who holds blocks of the pool besides the scheduler."""
+        return [self.book.held, self.debts.held, list(self._moves.values())]
+
+    def check(self) -> None:
+        """Assert that both books agree with themselves."""
+        self.book.check()
+        self.debts.check()

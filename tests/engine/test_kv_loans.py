@@ -1,0 +1,275 @@
+# pyright: standard
+"""A session several times longer than its machine's KV memory: the tokens of one large machine, whatever moves when."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from span_chain import TINY_BLOCKS, SpanChain, tiny_options
+
+from plait.engine import Partial, PartialAsk, SpanEngine, load_span_engine
+from plait.engine.kv_store import kv_extent_bytes
+from plait.errors import BlocksLost
+from plait.ids import PeerId
+from plait.kvcache import Granted, LoanTerms
+from plait.session import SamplingParams
+
+DEBTOR = PeerId("debtor")
+PROMPT, ANSWER = 100, 60
+SMALL_BLOCKS = 4
+"""64 tokens: the session has 160."""
+
+
+def engine_of(kv_blocks: int, borrowable_blocks: int = 0, dtype: str = "float32") -> SpanEngine:
+    options = tiny_options(
+        dtype, 1, step_tokens=48, borrowable_blocks=borrowable_blocks, watermark_fraction=0.0
+    )
+    spec = load_span_engine(replace(options, kv_cache_bytes=2**20), range(TINY_BLOCKS)).spec
+    each = kv_extent_bytes(spec, spec.all_blocks, 16, torch.float32 if dtype == "float32" else torch.float64)
+    # Kept inputs are paid from the same memory.
+    given = int(kv_blocks * (each + 1.5 * 16 * spec.hidden * 4 + 64))
+    engine = load_span_engine(
+        replace(options, kv_cache_bytes=given),
+        range(TINY_BLOCKS),
+        loan_terms=LoanTerms(lendable_blocks=kv_blocks),
+    )
+    assert engine.store.kv_blocks == kv_blocks
+    return engine
+
+
+class Neighbours:
+    """A debtor and its creditors in one process; what would travel is handed over."""
+
+    def __init__(self, debtor: SpanEngine, creditors: dict[PeerId, SpanEngine]) -> None:
+        assert debtor.loans is not None
+        self.debtor, self.loans, self.creditors = debtor, debtor.loans, creditors
+        self.loans.store.remote = self
+        self.arriving: list[tuple[int, bool]] = []
+        self.number = 0
+        self.moved = 0
+        self.asked = 0
+        self.refused = 0
+        self._parts: list[Partial] = []
+
+    def ask(self, asked: PartialAsk) -> "Neighbours":
+        self.asked += 1
+        self._parts = []
+        for share in self.loans.shares(asked):
+            creditor = self.creditors.get(share.creditor)
+            if creditor is None:
+                raise BlocksLost(f"{share.creditor} is gone", kv_blocks=share.numbers)
+            assert creditor.loans is not None
+            try:
+                part = creditor.loans.attend(
+                    DEBTOR, share.blocks, share.starts, asked.block, asked.position, asked.query
+                )
+            except BlocksLost as lost:
+                self.refused += 1
+                raise BlocksLost(lost.message, kv_blocks=share.numbers) from None
+            self._parts.append(part)
+        return self
+
+    def take(self) -> Sequence[Partial]:
+        return self._parts
+
+    def borrow(self, peer: PeerId, kv_blocks: int) -> bool:
+        loans = self.creditors[peer].loans
+        assert loans is not None
+        answer = loans.book.reserve(DEBTOR, self.number, kv_blocks, 0.0)
+        self.number += 1
+        if isinstance(answer, Granted):
+            self.loans.debts.granted(peer, answer.blocks)
+            self.debtor.loans_changed()
+        return isinstance(answer, Granted)
+
+    def borrow_what_is_wanted(self, most: int = 99) -> None:
+        for peer in self.creditors:
+            while (wanted := min(most, self.loans.wanted_blocks())) and self.borrow(peer, wanted):
+                pass
+
+    def start_moves(self, kv_blocks: int) -> None:
+        for outgoing in self.loans.start_moves(kv_blocks):
+            loans = self.creditors[outgoing.place.creditor].loans
+            assert loans is not None
+            self.arriving.append(
+                (outgoing.borrowed, loans.write(DEBTOR, outgoing.place.block, outgoing.content))
+            )
+
+    def finish_moves(self) -> None:
+        for borrowed, accepted in self.arriving:
+            self.loans.finish_move(borrowed, accepted)
+            self.moved += accepted
+        self.arriving.clear()
+        self.return_spent()
+        self.debtor.loans_changed()
+
+    def return_spent(self) -> None:
+        for peer, blocks in self.loans.debts.take_spent().items():
+            if peer in self.creditors:
+                loans = self.creditors[peer].loans
+                assert loans is not None
+                loans.book.release(DEBTOR, blocks)
+
+    def return_all(self) -> None:
+        self.finish_moves()
+        for peer, blocks in self.loans.debts.give_back(99).items():
+            if peer in self.creditors:
+                loans = self.creditors[peer].loans
+                assert loans is not None
+                loans.book.release(DEBTOR, blocks)
+
+    def kill(self, peer: PeerId) -> None:
+        """A creditor dies, which its debtor notices when it next asks for what was there."""
+        del self.creditors[peer]
+        self.arriving = [each for each in self.arriving if self.loans.debts.place(each[0]).creditor != peer]
+
+    def check(self) -> None:
+        self.debtor.check()
+        for creditor in self.creditors.values():
+            creditor.check()
+
+
+@pytest.fixture(scope="module")
+def prompt() -> list[int]:
+    return np.random.default_rng(0).integers(5, 900, PROMPT).tolist()
+
+
+GREEDY = SamplingParams(max_tokens=ANSWER, temperature=0.0, ignore_eos=True)
+SEEDED = SamplingParams(max_tokens=ANSWER, temperature=0.8, seed=11, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def expected(prompt: list[int]) -> dict[str, tuple[int, ...]]:
+    chain = SpanChain([engine_of(16)])
+    return {
+        name: chain.run(chain.open(prompt, sampling)).answer
+        for name, sampling in (("greedy", GREEDY), ("seeded", SEEDED))
+    }
+
+
+@pytest.fixture(scope="module")
+def machines() -> tuple[SpanEngine, dict[PeerId, SpanEngine]]:
+    return engine_of(SMALL_BLOCKS, 20), {
+        PeerId(name): engine_of(kv_blocks) for name, kv_blocks in (("b", 7), ("c", 8))
+    }
+
+
+def drive(
+    chain: SpanChain, near: Neighbours, id, *, every: int, first: int, rate: int, kill_at: int = -1
+) -> tuple:
+    """One session to its end; blocks leave before step `first` and every `every` steps, and arrive a step later."""
+    asked, start, step = chain.asked[id], 0, 0
+    while not asked.ended:
+        chain.feed(id, start)
+        while near.debtor.has_work:
+            near.finish_moves()
+            near.borrow_what_is_wanted(most=2)
+            if step >= first and (step - first) % every == 0:
+                near.start_moves(rate)
+            if step == kill_at:
+                near.kill(next(iter(near.creditors)))
+            chain.step(0)
+            chain.arrive(0)
+            near.check()
+            step += 1
+            assert step < 2000, "the session stands still"
+        start = len(asked.token_ids) - 1
+    chain.close(id)
+    near.return_all()
+    return asked.answer
+
+
+numbers = iter(range(0, 10**6, 1000))
+"""Loans are numbered upwards over all tests of these machines."""
+
+
+def check_all_is_home(near: Neighbours, creditors: dict[PeerId, SpanEngine]) -> None:
+    near.check()
+    assert near.loans.debts.borrowed_blocks == 0
+    for engine in creditors.values():
+        assert engine.loans is not None and engine.loans.book.lent_blocks == 0
+        engine.check()
+
+
+def check_moves(machines, prompt, expected, first: int, every: int, rate: int) -> None:
+    debtor, creditors = machines
+    chain, near = SpanChain([debtor]), Neighbours(debtor, dict(creditors))
+    near.number = next(numbers)
+    answer = drive(chain, near, chain.open(prompt, GREEDY), every=every, first=first, rate=rate)
+    assert answer == expected["greedy"]
+    assert near.moved >= 6 and near.asked > ANSWER
+    check_all_is_home(near, creditors)
+
+
+@pytest.mark.parametrize(("first", "every", "rate"), [(0, 1, 1), (7, 4, 3)])
+def test_a_long_session_on_a_small_machine_has_the_tokens_of_a_large_one(
+    machines, prompt, expected, first: int, every: int, rate: int
+) -> None:
+    check_moves(machines, prompt, expected, first, every, rate)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(1, 40))
+@pytest.mark.parametrize(("every", "rate"), [(1, 1), (4, 3), (17, 1)])
+def test_blocks_may_move_at_every_step(machines, prompt, expected, first: int, every: int, rate: int) -> None:
+    check_moves(machines, prompt, expected, first, every, rate)
+
+
+@pytest.mark.parametrize("kill_at", [9, 40])
+def test_a_creditor_that_dies_costs_a_recomputation_and_no_token(
+    machines, prompt, expected, kill_at: int
+) -> None:
+    debtor, creditors = machines
+    chain, near = SpanChain([debtor]), Neighbours(debtor, dict(creditors))
+    near.number = next(numbers)
+    before = debtor.load().preemptions_total
+    answer = drive(chain, near, chain.open(prompt, SEEDED), every=1, first=0, rate=2, kill_at=kill_at)
+    assert answer == expected["seeded"]
+    assert debtor.load().preemptions_total > before and PeerId("b") not in near.creditors
+    dead = creditors[PeerId("b")].loans
+    assert dead is not None and dead.book.lent_blocks
+    dead.book.expire(1000.0)
+    check_all_is_home(near, creditors)
+
+
+def test_a_debtor_that_comes_back_after_its_lease_reads_nothing_of_others(machines, prompt, expected) -> None:
+    """Its blocks went to somebody else meanwhile: it is refused, loses them, and computes again."""
+    debtor, creditors = machines
+    chain, near = SpanChain([debtor]), Neighbours(debtor, dict(creditors))
+    near.number = next(numbers)
+    id = chain.open(prompt, GREEDY)
+    asked = chain.asked[id]
+    chain.feed(id, 0)
+    for _ in range(12):
+        near.borrow_what_is_wanted()
+        near.start_moves(2)
+        near.finish_moves()
+        if debtor.has_work:
+            chain.step(0)
+    loans = creditors[PeerId("b")].loans
+    assert loans is not None and loans.book.expire(100.0)
+    strangers = [
+        block
+        for number in range(7)
+        if isinstance(answer := loans.book.reserve(PeerId("stranger"), number, 1, 100.0), Granted)
+        for block in answer.blocks
+    ]
+    content = torch.full(loans.store.extents.shape[1:], 7.0)
+    assert strangers and all(loans.write(PeerId("stranger"), block, content) for block in strangers)
+    chain.arrive(0)
+    while not asked.ended:
+        if not debtor.has_work:
+            chain.feed(id, len(asked.token_ids) - 1)
+        near.borrow_what_is_wanted()
+        near.start_moves(2)
+        near.finish_moves()
+        chain.step(0)
+        chain.arrive(0)
+        near.check()
+    assert asked.answer == expected["greedy"] and near.refused
+    chain.close(id)
+    near.return_all()
+    assert loans.book.forget(PeerId("stranger")) == len(strangers)
+    check_all_is_home(near, creditors)

@@ -91,6 +91,7 @@ class ClusterRun:
         self.offered = 0
         self.in_flight_ns = 0
         """Sum over time of the requests in flight: Little's law is checked with it."""
+        self.peak_in_flight = 0
         self._counted_until_ns = 0
         self._late_ns = (
             0  # of last tokens, which were on their way to the client when their request was over here
@@ -247,6 +248,7 @@ class ClusterRun:
             output_tokens=request.output_tokens,
         )
         self.path.flights[flight.id] = flight
+        self.peak_in_flight = max(self.peak_in_flight, len(self.path.flights))
         self._await_next()
         self._route(flight)
 

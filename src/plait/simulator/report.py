@@ -47,6 +47,7 @@ def report_of(run: ClusterRun, objectives: Objectives) -> dict[str, Any]:
         "attainment_fraction": attained(outcomes, objectives).mean() if len(outcomes) else 0.0,
         "latency_s": {name: _statistics(values, rng) for name, values in samples.items() if len(values)},
         "stalls": int(np.count_nonzero(samples["itl"] > STALL_S)),
+        "peak_in_flight": run.peak_in_flight,
         "mean_in_flight": run.in_flight_ns / max(run.heap.now_ns, 1),
         "machines": {worker.name: _machine(worker, run) for worker in run.workers.values()},
         "cluster": _cluster(run),

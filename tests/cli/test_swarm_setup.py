@@ -1,15 +1,19 @@
 """Who a machine is in a swarm, and what it tells others to dial."""
 
+import asyncio
 import socket
 import stat
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from plait.cli.swarm_setup import (
     _listen_address,  # pyright: ignore[reportPrivateUsage]
     asked_blocks,
+    make_node,
     member_options,
     own_secret,
     reaches_beyond,
@@ -17,6 +21,7 @@ from plait.cli.swarm_setup import (
 )
 from plait.errors import BadSetup
 from plait.settings import Settings, load_settings
+from plait.worker import SwarmNode
 
 
 @pytest.fixture
@@ -91,3 +96,30 @@ def test_a_port_that_was_asked_for_is_taken_as_it_is(tmp_path: Path) -> None:
     asked = load_settings(flags={"swarm.folder": tmp_path, "swarm.listen": "0.0.0.0:7000"})
     with take_seat(asked) as seat:
         assert _listen_address(asked, seat) == "0.0.0.0:7000"
+
+
+def make_iroh_node(folder: Path, **swarm: str) -> SwarmNode:
+    flags = {f"swarm.{name}": value for name, value in swarm.items()}
+    settings = load_settings(flags={"swarm.folder": folder, **flags})
+    with take_seat(settings) as seat:
+        return make_node(settings, seat, own_secret(settings), np.random.default_rng(0))
+
+
+@pytest.mark.skipif(find_spec("iroh") is None, reason="iroh is not installed: pip install 'plait[iroh]'")
+def test_a_machine_tells_both_of_its_addresses(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with make_iroh_node(tmp_path, iroh_listen="127.0.0.1:0") as node:
+            assert [address.partition("://")[0] for address in node.addresses] == ["tls", "iroh"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.skipif(find_spec("iroh") is not None, reason="iroh is installed: pip uninstall iroh")
+def test_iroh_that_is_not_installed_is_said(tmp_path: Path) -> None:
+    with pytest.raises(BadSetup, match=r"pip install 'plait\[iroh\]'"):
+        make_iroh_node(tmp_path, iroh_listen="127.0.0.1:0")
+
+
+def test_a_relay_without_iroh_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadSetup, match="with --iroh-listen only"):
+        make_iroh_node(tmp_path, iroh_relay="https://relay.example")

@@ -2,13 +2,15 @@
 
 import asyncio
 import ipaddress
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from swarm_rig import SECRET
 
 from plait.ids import PeerId
-from plait.transport import Identity, TcpCarrier, TicketPeer
+from plait.transport import Identity, Link, TcpCarrier, TicketPeer
+from plait.transport.sockets import SocketListener
 from plait.wire import Fence, Message
 from plait.worker.swarm_node import SwarmNode, own_addresses
 
@@ -17,13 +19,13 @@ HERE = TicketPeer(Identity.make().peer, ("tcp://127.0.0.1:1",))
 
 
 def node(
-    listen: str, *, advertise: tuple[str, ...] = (), introducers: tuple[TicketPeer, ...] = ()
+    *listen: str, advertise: tuple[str, ...] = (), introducers: tuple[TicketPeer, ...] = ()
 ) -> SwarmNode:
     return SwarmNode(
         Identity.make(),
         secret=SECRET,
-        carriers={"tcp": TcpCarrier()},
-        listen=[listen],
+        carriers={"tcp": TcpCarrier(), "iroh": OwnCarrier()},
+        listen=listen,
         advertise=advertise,
         introducers=introducers,
         rng=np.random.default_rng(0),
@@ -97,3 +99,30 @@ def test_all_hearers_hear_what_comes_and_who_is_lost() -> None:
             assert first.lost == [gone] and second.lost == []
 
     asyncio.run(run())
+
+
+class OwnCarrier(TcpCarrier):
+    """The same under another scheme, with what iroh's addresses say besides."""
+
+    scheme = "iroh"
+
+    async def listen(self, address: str, accept: Callable[[Link], None]) -> SocketListener:
+        listener = await super().listen(address, accept)
+        listener.address += "?relay=http://192.0.2.1:3340"
+        return listener
+
+
+def test_an_address_keeps_the_relay_that_it_names() -> None:
+    (told,) = addresses_of(node("iroh://0.0.0.0:0", introducers=(ELSEWHERE,)))
+    place, _, relay = told.partition("?")
+    host, _, port = place.removeprefix("iroh://").rpartition(":")
+    assert relay == "relay=http://192.0.2.1:3340" and int(port) > 0
+    assert not ipaddress.ip_address(host).is_unspecified
+
+
+def test_what_is_advertised_for_one_scheme_is_not_all_that_is_told() -> None:
+    told = addresses_of(
+        node("tcp://127.0.0.1:0", "iroh://127.0.0.1:0", advertise=("tcp://home.example:7000",))
+    )
+    assert told[0] == "tcp://home.example:7000"
+    assert [address.partition("://")[0] for address in told] == ["tcp", "iroh"]

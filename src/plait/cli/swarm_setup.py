@@ -139,15 +139,26 @@ def make_node(
     *,
     ticket: "Ticket | None" = None,
 ) -> "SwarmNode":
-    """A place in a swarm over TLS, not entered yet."""
-    from plait.transport import TlsCarrier
+    """A place in a swarm over TLS, and over iroh if that was asked for, not entered yet.
+
+    Raises:
+        BadSetup: iroh was asked for, and is not installed.
+    """
+    from plait.transport import Carrier, IrohCarrier, TlsCarrier
     from plait.worker import MembershipLimits, SwarmNode
 
+    carriers: dict[str, Carrier] = {"tls": TlsCarrier(seat.identity, secret)}
+    listen = [f"tls://{_listen_address(settings, seat)}"]
+    if settings.swarm.iroh_listen is not None:
+        carriers["iroh"] = IrohCarrier(seat.identity, secret, relay=settings.swarm.iroh_relay)
+        listen.append(f"iroh://{settings.swarm.iroh_listen}")
+    elif settings.swarm.iroh_relay is not None:
+        raise BadSetup("--iroh-relay is of use with --iroh-listen only; 0.0.0.0:0 takes any port")
     return SwarmNode(
         seat.identity,
         secret=secret,
-        carriers={"tls": TlsCarrier(seat.identity, secret)},
-        listen=[f"tls://{_listen_address(settings, seat)}"],
+        carriers=carriers,
+        listen=listen,
         advertise=[f"tls://{address}" for address in settings.swarm.advertise],
         introducers=() if ticket is None else ticket.peers,
         rng=rng,
@@ -247,7 +258,8 @@ def reaches_beyond(addresses: tuple[str, ...]) -> bool:
     from plait.cli.serving import is_loopback
 
     return any(
-        not is_loopback(address.partition("://")[2].rpartition(":")[0].strip("[]")) for address in addresses
+        not is_loopback(address.partition("?")[0].partition("://")[2].rpartition(":")[0].strip("[]"))
+        for address in addresses
     )
 
 

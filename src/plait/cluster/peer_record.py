@@ -168,6 +168,11 @@ class PeerRecord:
         return range(self.first_block, self.end_block)
 
     @property
+    def is_listening(self) -> bool:
+        """Others can dial it as it is; at an address of iroh's, somebody may have to introduce them first."""
+        return any(not address.startswith("iroh://") for address in self.addresses)
+
+    @property
     def relayed(self) -> bool:
         """Others reach it only through another peer, at a fraction of its network rate."""
         return bool(self.through)

@@ -59,6 +59,10 @@ def _check_address(address: str | None) -> str | None:
     return address
 
 
+def _check_perhaps_listen(address: str | None) -> str | None:
+    return None if address is None else _check_listen(address)
+
+
 def _check_listen(address: str) -> str:
     host, colon, port = address.rpartition(":")
     if not (host and colon and port.isascii() and port.isdecimal() and int(port) < 65536):
@@ -83,6 +87,7 @@ def _check_blocks(blocks: str) -> str:
 
 Address = Annotated[str | None, AfterValidator(_check_address)]
 Listen = Annotated[str, AfterValidator(_check_listen)]
+PerhapsListen = Annotated[str | None, AfterValidator(_check_perhaps_listen)]
 Blocks = Annotated[str, BeforeValidator(_check_text), AfterValidator(_check_blocks)]
 Device = Annotated[str, AfterValidator(_check_device)]
 SwapBytes = Annotated[int, BeforeValidator(_read_swap)]
@@ -308,6 +313,18 @@ class SwarmSettings(Section):
         (),
         "Addresses, as host:port, that others are told to dial; without any those of --swarm-listen.",
         flag="--swarm-advertise",
+    )
+    iroh_listen: PerhapsListen = setting(
+        None,
+        "Where machines also connect by iroh (QUIC), such as 0.0.0.0:0; it needs `pip install 'plait[iroh]'`.",
+        flag="--iroh-listen",
+    )
+    iroh_relay: str | None = setting(
+        None,
+        "URL of the iroh relay by which machines find each other through address translation; without it none is used.",
+        flag="--iroh-relay",
+        pattern=r"^https?://\S+$",
+        max_length=128,
     )
     blocks: Blocks = setting(
         "auto",

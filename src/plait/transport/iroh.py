@@ -5,7 +5,8 @@ through which both ends find a direct way and, as long as there is none, speak. 
 too, so whoever is dialled has proved to be that peer. The protocol's name, which both ends must know, follows from the
 swarm's door; it is sent in clear, so it keeps mistakes out and proves nothing: the handshake does (handshake.py).
 
-One stream of a QUIC connection is one link. The dialler's first byte makes it known to the other end.
+One stream of a QUIC connection is one link. The dialler's first byte makes it known to the other end; that one's answer
+measures the round trip (dialler.py).
 """
 
 import asyncio
@@ -90,12 +91,15 @@ class IrohCarrier:
             connection = await socket.endpoint.connect(place, self._protocol)
             try:
                 stream = await connection.open_bi()
-                sending = stream.send()
+                sending, receiving = stream.send(), stream.recv()
+                greeted_s = asyncio.get_running_loop().time()
                 await sending.write_all(_GREETING)
+                await receiving.read_exact(len(_GREETING))
+                link.rtt_s = asyncio.get_running_loop().time() - greeted_s
             except BaseException:
                 connection.close(0, b"")
                 raise
-            IrohTransport(socket, connection, sending, stream.recv(), peer).start(link)
+            IrohTransport(socket, connection, sending, receiving, peer).start(link)
 
     async def _bind(self, address: str, relay: str | None) -> "_Socket":
         iroh = self._iroh
@@ -206,11 +210,12 @@ class IrohListener:
                     self._accept(link)
                     connection = await (await incoming.accept()).connect()
                     stream = await connection.accept_bi()
-                    receiving = stream.recv()
+                    sending, receiving = stream.send(), stream.recv()
                     if await receiving.read_exact(len(_GREETING)) != _GREETING:
                         raise PeerLost("it does not greet")
+                    await sending.write_all(_GREETING)
                 peer = PeerId(connection.remote_id().to_bytes().hex())
-                IrohTransport(self._socket, connection, stream.send(), receiving, peer).start(link)
+                IrohTransport(self._socket, connection, sending, receiving, peer).start(link)
         except (TimeoutError, PeerLost, self._socket.error) as error:
             if connection is not None:
                 connection.close(0, b"")

@@ -58,14 +58,15 @@ class Link(asyncio.BufferedProtocol):
     """Frames both ways, in order. A link is broken by its first bad frame.
 
     `name` says where it leads, for the log. `peer` is the identity that the carrier has proved, if it does so; it is
-    set when the link opens. `limits` are a stranger's until somebody raises them. `received_bytes` grows with
-    everything that arrives, `sent_bytes` with everything that is written. `on_writable` is called when there is room
-    again after there was none.
+    set when the link opens. `limits` are a stranger's until somebody raises them. `rtt_s` is a round trip that was
+    measured while the link was made, 0 if none was. `received_bytes` grows with everything that arrives, `sent_bytes`
+    with everything that is written. `on_writable` is called when there is room again after there was none.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.peer: PeerId | None = None
+        self.rtt_s = 0.0
         self.received_bytes = 0
         self.sent_bytes = 0
         self.on_writable: Callable[[], None] | None = None

@@ -185,7 +185,7 @@ class Membership:
             issued_unix_s=now_s,
             expires_unix_s=now_s + self._limits.life_s,
             rtts_s=self._rtts_s(),
-            through=() if record.addresses else self._through(),
+            through=() if record.is_listening else self._through(),
         )
         body = msgspec.msgpack.encode(record)
         signed = SignedRecord(body, self._identity.sign(_SIGNED + body))
@@ -207,15 +207,19 @@ class Membership:
         reachable = [
             peer
             for peer in sorted(self._network.connected_directly())
-            if (peer in self._known and self._known[peer].record.addresses)
+            if (peer in self._known and self._known[peer].record.is_listening)
             or any(introducer.peer == peer and introducer.addresses for introducer in self._introducers)
         ]
         return tuple(sorted(reachable, key=lambda peer: (peer not in self._kept, peer))[:MAX_THROUGH])
 
     def _update_through(self) -> None:
-        """A member without an address lives by its links: say so when they change."""
+        """A member that does not listen lives by its links: say so when they change."""
         own = self._own
-        if own is not None and not own.addresses and self._known[own.peer].record.through != self._through():
+        if (
+            own is not None
+            and not own.is_listening
+            and self._known[own.peer].record.through != self._through()
+        ):
             self._issue(own)
 
     # -- receiving -------------------------------------------------------------------------------------------
@@ -373,7 +377,7 @@ class Membership:
                 del self._known[peer]
                 until_s = known.record.issued_unix_s + self._limits.longest_life_s
                 self._ended[peer] = (known.record.sequence, until_s)
-                if known.record.state != "offline" and known.record.addresses:
+                if known.record.state != "offline" and known.record.is_listening:
                     if len(self._gone) >= self._limits.max_gone:
                         self._drop_gone(next(iter(self._gone)))
                     self._gone[peer] = known.record
@@ -393,7 +397,7 @@ class Membership:
         present = {
             peer
             for peer, known in self._known.items()
-            if known.record.addresses and known.record.state != "offline" and peer != self._identity.peer
+            if known.record.is_listening and known.record.state != "offline" and peer != self._identity.peer
         }
         for peer in self._kept - present:
             self._network.keep(peer, False)

@@ -38,8 +38,8 @@ class Hearer(Protocol):
 class SwarmNode:
     """One member's links, records and weights; enter it to be in the swarm, leave it to be gone.
 
-    `listen` are addresses to take links at, with their scheme; `advertise` are those that others are told, and none
-    means that what is bound is told, where it is of use to others. `introducers` are the members of a ticket.
+    `listen` are addresses to take links at, with their scheme; `advertise` are those that others are told; for a
+    scheme without any, what is bound is told, where it is of use to others. `introducers` are the members of a ticket.
     """
 
     def __init__(
@@ -86,8 +86,12 @@ class SwarmNode:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.network)
             bound = [await self.network.listen(address) for address in self._listen]
-            self.addresses = self._advertise or tuple(
-                useful for address in bound for useful in self._useful(address)
+            advertised = {_scheme(address) for address in self._advertise}
+            self.addresses = self._advertise + tuple(
+                useful
+                for address in bound
+                if _scheme(address) not in advertised
+                for useful in self._useful(address)
             )
             await stack.enter_async_context(self.exchange)
             await stack.enter_async_context(self.membership)
@@ -140,14 +144,15 @@ class SwarmNode:
     def _useful(self, address: str) -> tuple[str, ...]:
         """What others should dial for a bound address: this host's own one for a wildcard, and no loopback address
         where the members that introduced this one are on other machines."""
-        scheme, _, rest = address.partition("://")
+        place, mark, relay = address.partition("?")
+        scheme, _, rest = place.partition("://")
         host, _, port = rest.rpartition(":")
         try:
             bound = ipaddress.ip_address(host.strip("[]"))
         except ValueError:
             return (address,)  # a name, a path, a place in memory
         if bound.is_unspecified:
-            return tuple(f"{scheme}://{own}:{port}" for own in own_addresses(bound.version))
+            return tuple(f"{scheme}://{own}:{port}{mark}{relay}" for own in own_addresses(bound.version))
         if bound.is_loopback and not all(map(_is_loopback, self._introducer_addresses())):
             return ()
         return (address,)
@@ -172,9 +177,13 @@ def own_addresses(version: int) -> tuple[str, ...]:
     return (f"[{own}]" if version == 6 else own,)
 
 
+def _scheme(address: str) -> str:
+    return address.partition("://")[0]
+
+
 def _is_loopback(address: str) -> bool:
-    host = address.partition("://")[2].rpartition(":")[0].strip("[]")
+    host = address.partition("?")[0].partition("://")[2].rpartition(":")[0].strip("[]")
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost" or not address.startswith(("tls://", "tcp://"))
+        return host == "localhost" or not address.startswith(("tls://", "tcp://", "iroh://"))

@@ -52,6 +52,8 @@ def profile(
     """
     if clock not in ("wall", "cpu"):
         raise BadSetup(f"--clock {clock!r} is not known; choose wall or cpu")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise BadSetup(f"cannot write {str(out)!r}: its folder is not there; choose another --out")
     from plait.cli.options import engine_options
     from plait.costs import format_profile
     from plait.engine import open_checkpoint

@@ -149,6 +149,34 @@ def test_more_load_is_more_latency_and_a_faster_device_less() -> None:
     assert faster < base < loaded
 
 
+def test_conversations_find_their_history_in_the_cache() -> None:
+    talk = "conversations: {tenants: 2, instruction_tokens: 512, mean_turns: 3, think_s: 5}, "
+    alone = report(SMALL.replace("count: 2", "count: 1"))
+    talking = report(SMALL.replace("count: 2", "count: 1").replace("requests:", f"{talk}requests:"))
+    assert alone["machines"]["replica"]["cache_hit_fraction"] == 0.0
+    assert talking["machines"]["replica"]["cache_hit_fraction"] > 0.4
+
+
+def test_a_request_beyond_the_context_of_the_model_is_refused(tmp_path: Path) -> None:
+    line = '{"arrival_s": 0, "prompt_tokens": 2000, "output_tokens": %d}\n'
+    (tmp_path / "trace.jsonl").write_text(line % 48 + line % 49)
+    text = SMALL.replace("requests: 30, lengths: sharegpt-like, rate_per_s: 5", "trace: trace.jsonl")
+    found = report(text, tmp_path)["requests"]
+    assert (found["finished"], found["refused"]) == (1, 1)
+    assert "2048" in next(iter(found["reasons"]))
+
+
+def test_a_published_trace_is_served(tmp_path: Path) -> None:
+    lines = ["TIMESTAMP,ContextTokens,GeneratedTokens"]
+    lines += [f"2023-11-16 18:15:{second:02d}.0000000,{100 + second},5" for second in range(20)]
+    (tmp_path / "azure.csv").write_text("\n".join(lines))
+    text = SMALL.replace(
+        "requests: 30, lengths: sharegpt-like, rate_per_s: 5", "trace: azure.csv, format: azure"
+    )
+    found = report(text, tmp_path)
+    assert found["requests"]["finished"] == 20
+
+
 def outcomes_by_hand() -> Outcomes:
     """Four requests: one token; refused; moved to another machine; a stream that stalls."""
     outcomes = Outcomes()

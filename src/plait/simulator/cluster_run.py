@@ -27,12 +27,13 @@ from plait.simulator.simulated_network import NetworkSpec, SimulatedNetwork
 from plait.simulator.simulated_worker import MachineSpec, SimulatedWorker
 from plait.simulator.timeline import Timeline
 from plait.simulator.virtual_loop import Deadlock
-from plait.workload import TraceRequest
+from plait.workload import PROMPT_BLOCK_TOKENS, TraceRequest
 
 RETRY_S = 1.0
 """As sessions do (`SessionTimes.retry_s`)."""
 _NAMED = 12
 _GROUPS = 10
+_OWN_PROMPT = 2**31  # above all numbers of blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +42,14 @@ class RunOptions:
 
     `sessions_per_machine`: the gateway gives no machine more at once (None: as many as it takes); who finds no room
     waits at the gateway in order of arrival, for at most `patience_s`. `announce_s`: how often a machine says what it
-    has to do. `silence_s`: a machine that is not heard of so long is given up. `check`: walk all books after every
-    event, after every `check_every`-th, or at the end only.
+    has to do. `max_model_tokens`: longer requests are refused at once. `silence_s`: a machine that is not heard of so
+    long is given up. `check`: walk all books after every event, after every `check_every`-th, or at the end only.
     """
 
     seed: int = 0
     wish: RouteWish = field(default_factory=RouteWish)
     sessions_per_machine: int | None = None
+    max_model_tokens: int | None = None
     patience_s: float = 120.0
     announce_s: float = 5.0
     silence_s: float = 3.0
@@ -250,7 +252,11 @@ class ClusterRun:
         self.path.flights[flight.id] = flight
         self.peak_in_flight = max(self.peak_in_flight, len(self.path.flights))
         self._await_next()
-        self._route(flight)
+        most = self.options.max_model_tokens
+        if most is not None and flight.max_tokens > most:
+            self._end(flight, "refused", f"the model takes at most {most} tokens, prompt and answer together")
+        else:
+            self._route(flight)
 
     def _route(self, flight: Flight) -> None:
         """Give a request a chain, or let it wait."""
@@ -378,7 +384,10 @@ class ClusterRun:
 
 
 def prompt_of(number: int, request: TraceRequest) -> list[int]:
-    """Token ids of a prompt: their first differs from all others', so that no two requests share a prefix."""
+    """Token ids that stand for a prompt: equal up to the end of equal blocks (`TraceRequest.prompt_blocks`); without
+    blocks, different from all others' from the first token on."""
     prompt = [0] * request.prompt_tokens
-    prompt[0] = number
+    prompt[0] = _OWN_PROMPT + number
+    for place, block in enumerate(request.prompt_blocks):
+        prompt[place * PROMPT_BLOCK_TOKENS] = block
     return prompt

@@ -111,10 +111,22 @@ class NetworkPart(_Part):
     gateway_site: str = ""
 
 
+class ConversationsPart(_Part):
+    """Requests are turns of conversations, whose prompts hold their history; tenants' begin with their instructions."""
+
+    tenants: int = Field(default=1, ge=1)
+    instruction_tokens: int = Field(default=0, ge=0)
+    mean_turns: float = Field(default=1.0, ge=1)
+    think_s: NotNegative = 30.0
+
+
 class WorkloadPart(_Part):
-    """Requests of a `trace` file, or `requests` drawn: lengths of a named mix at `rate_per_s` (0: all at once)."""
+    """Requests of a `trace` file, or `requests` drawn: lengths of a named mix at `rate_per_s` (0: all at once). With
+    `conversations`, that is the rate at which these begin."""
 
     trace: Path | None = None
+    format: Literal["plait", "azure", "burstgpt", "mooncake"] = "plait"
+    conversations: ConversationsPart | None = None
     requests: int | None = Field(default=None, ge=1, le=100_000_000)
     lengths: str = "sharegpt-like"
     rate_per_s: NotNegative | None = None
@@ -244,6 +256,8 @@ def _check(scenario: Scenario, where: str) -> None:
         modes = ", ".join(mode for mode in get_args(RouteMode) if mode != "pinned")
         raise BadSetup(f"{where}: routing.mode is {scenario.routing.mode!r}; choose one of {modes}")
     workload = scenario.workload
+    if workload.conversations is not None and (workload.trace is not None or not workload.rate_per_s):
+        raise BadSetup(f"{where}: workload.conversations are drawn; give a rate_per_s above 0 and no trace")
     if workload.trace is None and (workload.requests is None or workload.rate_per_s is None):
         raise BadSetup(f"{where}: workload needs a trace, or requests and rate_per_s (0 sends all at once)")
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from plait.cluster import peer_id_of_name
 from plait.costs import (
@@ -29,12 +30,26 @@ from plait.scheduling import StepLimits, policy_named
 from plait.simulator.cluster_run import ClusterRun, RunOptions
 from plait.simulator.faults_of_run import DEFAULT_STRENGTH, FaultRate, RunFault, check_fault, draw_faults
 from plait.simulator.random_streams import stream
-from plait.simulator.scenario import LinearPart, LinkPart, MachinePart, Scenario
+from plait.simulator.scenario import ConversationsPart, LinearPart, LinkPart, MachinePart, Scenario
 from plait.simulator.simulated_network import LinkSpec, NetworkSpec
 from plait.simulator.simulated_worker import MachineSpec
 from plait.simulator.timeline import Timeline
-from plait.workload import TraceRequest, arrival_times_s, length_mix_named, parse_trace, synthesize_trace
+from plait.workload import (
+    ConversationMix,
+    TraceRequest,
+    arrival_times_s,
+    length_mix_named,
+    parse_azure,
+    parse_burstgpt,
+    parse_mooncake,
+    parse_trace,
+    synthesize_conversations,
+    synthesize_trace,
+)
 
+_PARSERS = MappingProxyType(
+    {"plait": parse_trace, "azure": parse_azure, "burstgpt": parse_burstgpt, "mooncake": parse_mooncake}
+)
 KV_FRACTION = 0.9
 """Part of a device's memory that weights and cache fill; the rest is for activations, as in vLLM."""
 
@@ -94,7 +109,7 @@ def run_of_scenario(scenario: Scenario, folder: Path, *, timeline: Timeline | No
         machines,
         _network(scenario),
         model_blocks=len(spec.blocks),
-        options=_options(scenario),
+        options=_options(scenario, spec.max_model_tokens),
         requests=requests,
         faults=_faults(scenario, names, requests[-1].arrival_s),
         timeline=timeline,
@@ -247,15 +262,20 @@ def _network(scenario: Scenario) -> NetworkSpec:
 
 def _requests(scenario: Scenario, spec: ModelSpec, folder: Path) -> tuple[TraceRequest, ...]:
     workload = scenario.workload
-    longest = workload.max_request_tokens or spec.max_model_tokens
+    longest = min(workload.max_request_tokens or spec.max_model_tokens, spec.max_model_tokens)
     if workload.trace is not None:
         file = folder / workload.trace
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise BadSetup(f"the trace {str(file)!r} cannot be read: {error}") from error
-        return parse_trace(lines, where=str(file))[: workload.requests]
+        requests = _PARSERS[workload.format](lines, where=str(file))[: workload.requests]
+        if not requests:
+            raise BadSetup(f"the trace {str(file)!r} holds no request")
+        return requests
     assert workload.requests is not None and workload.rate_per_s is not None
+    if workload.conversations is not None:
+        return _conversations(scenario, workload.conversations, longest)
     rate = workload.rate_per_s or math.inf
     arrivals_s = arrival_times_s(
         workload.requests, rate, workload.burstiness, stream(scenario.seed, "workload/arrivals")
@@ -268,7 +288,30 @@ def _requests(scenario: Scenario, spec: ModelSpec, folder: Path) -> tuple[TraceR
     )
 
 
-def _options(scenario: Scenario) -> RunOptions:
+def _conversations(scenario: Scenario, part: ConversationsPart, longest: int) -> tuple[TraceRequest, ...]:
+    """As many requests as asked, of as many conversations as that takes."""
+    workload = scenario.workload
+    assert workload.requests is not None and workload.rate_per_s is not None
+    lengths = length_mix_named(workload.lengths)
+    mix = ConversationMix(
+        question=lengths.prompt,
+        answer=lengths.output,
+        tenants=part.tenants,
+        instruction_tokens=part.instruction_tokens,
+        mean_turns=part.mean_turns,
+        think_s=part.think_s,
+        most_total_tokens=longest,
+    )
+    count = workload.requests  # each has at least one turn
+    drawn = synthesize_conversations(
+        count, workload.rate_per_s, workload.burstiness**-0.5, mix, stream(scenario.seed, "workload/turns")
+    )
+    if len(drawn) < workload.requests:
+        raise BadSetup(f"conversations as described are longer than {longest} tokens; shorten instructions")
+    return drawn[: workload.requests]
+
+
+def _options(scenario: Scenario, max_model_tokens: int) -> RunOptions:
     run = scenario.run
     try:
         wish = RouteWish(mode=scenario.routing.mode, pick=parse_pick(scenario.routing.pick))  # pyright: ignore[reportArgumentType]  RouteWish checks it
@@ -278,6 +321,7 @@ def _options(scenario: Scenario) -> RunOptions:
         seed=scenario.seed,
         wish=wish,
         sessions_per_machine=run.sessions_per_machine,
+        max_model_tokens=max_model_tokens,
         patience_s=run.patience_s,
         announce_s=run.announce_s,
         silence_s=run.silence_s,

@@ -5,7 +5,8 @@ request.py           a request, and the deltas that answer it; route_ask.py: the
 
 One sequence over a chain; events in, actions out, nothing performed:
 
-chain_session.py     as its gateway drives it: opening, tokens, losses, recovery, deadlines
+session_wish.py      what a session is to do, and how long it waits for others
+chain_session.py     as its gateway drives it: opening, tokens, losses, recovery, deadlines; chain_events.py: in and out
 hop_session.py       as one worker of the chain sees it: inputs, outputs, what is kept for replay
 resume_plan.py       where each hop goes on after the chain has changed
 row_buffer.py        hidden states of consecutive positions
@@ -13,11 +14,10 @@ prompt_lookup.py     guesses of the next tokens, from the text itself
 wire_sampling.py     sampling parameters as they travel
 """
 
-from plait.session.chain_session import (
+from plait.session.chain_events import (
     Ban,
     Begun,
     Cancelled,
-    ChainSession,
     Emit,
     Ended,
     Fail,
@@ -29,12 +29,11 @@ from plait.session.chain_session import (
     Send,
     SessionAction,
     SessionEvent,
-    SessionTimes,
-    SessionWish,
     TimePassed,
     Unroutable,
     ViewChanged,
 )
+from plait.session.chain_session import ChainSession
 from plait.session.hop_session import (
     CutOff,
     Feed,
@@ -70,6 +69,7 @@ from plait.session.sampling_params import (
     Constraint,
     SamplingParams,
 )
+from plait.session.session_wish import SessionTimes, SessionWish
 from plait.session.wire_sampling import from_wire_sampling, to_wire_sampling
 
 __all__ = [

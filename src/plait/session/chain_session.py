@@ -30,7 +30,27 @@ from typing import Literal, assert_never
 from plait.cluster import format_blocks
 from plait.errors import BadRequest, EngineFailure, NoCapacity, NoRoute, ServingError
 from plait.ids import PeerId, SessionId
+from plait.session.chain_events import (
+    Ban,
+    Begun,
+    Cancelled,
+    Emit,
+    Ended,
+    Fail,
+    FindRoute,
+    Heard,
+    Leaving,
+    Lost,
+    Routed,
+    Send,
+    SessionAction,
+    SessionEvent,
+    TimePassed,
+    Unroutable,
+    ViewChanged,
+)
 from plait.session.resume_plan import plan_resume
+from plait.session.session_wish import SessionTimes, SessionWish
 from plait.wire import (
     MAX_STEP_TOKENS,
     ChainHop,
@@ -39,171 +59,16 @@ from plait.wire import (
     Fence,
     Fenced,
     FinishCode,
-    HiddenFormat,
     Opened,
     OpenSession,
     Refused,
     Resume,
     Step,
-    TokenReport,
     Tokens,
-    WireSampling,
 )
 
 MAX_AVOID_S = 30.0
 MAX_FRUITLESS_RECOVERIES = 24
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SessionWish:
-    """What a session is to do: continue the prompt to at most `max_tokens` tokens, prompt and answer together."""
-
-    id: SessionId
-    model: str
-    blocks: range
-    vocab_tokens: int
-    prompt_token_ids: tuple[int, ...]
-    max_tokens: int
-    sampling: WireSampling
-    arrived_unix_s: float = 0.0
-    draft_tokens: int = 0
-    wire_format: HiddenFormat = "float32"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SessionTimes:
-    """How long a session waits: for its first chain, for answers of hops, for the next token, for a repaired chain.
-
-    `avoid_s`: how long a lost hop is not asked again, twice as long after each further loss; `retry_s`: how often a
-    missing route is looked for though nothing seems to have changed.
-    """
-
-    opening_s: float = 20.0
-    answer_s: float = 15.0
-    token_s: float = 30.0
-    recovery_s: float = 120.0
-    avoid_s: float = 1.0
-    retry_s: float = 1.0
-
-
-# Events.
-
-
-@dataclass(frozen=True, slots=True)
-class Begun:
-    """The first event."""
-
-
-@dataclass(frozen=True, slots=True)
-class Heard:
-    """A message came from a peer."""
-
-    peer: PeerId
-    message: Opened | Refused | Fenced | Tokens | Fault
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """A peer is gone, or cannot be reached."""
-
-    peer: PeerId
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Leaving:
-    """A peer is about to leave: the session is to go on without it, as long as it can."""
-
-    peer: PeerId
-
-
-@dataclass(frozen=True, slots=True)
-class Routed:
-    """The answer to `FindRoute`: hops that cover its blocks in order."""
-
-    blocks: range
-    hops: tuple[ChainHop, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Unroutable:
-    """The other answer to `FindRoute`."""
-
-    blocks: range
-    error: NoRoute
-
-
-@dataclass(frozen=True, slots=True)
-class ViewChanged:
-    """Peers have come, gone or changed: there may be a route now. Those that are `back` are not avoided any more."""
-
-    back: frozenset[PeerId] = frozenset()
-
-
-@dataclass(frozen=True, slots=True)
-class TimePassed:
-    """`deadline_s` may be over."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cancelled:
-    """Nobody wants the rest."""
-
-
-SessionEvent = Begun | Heard | Lost | Leaving | Routed | Unroutable | ViewChanged | TimePassed | Cancelled
-
-# Actions.
-
-
-@dataclass(frozen=True, slots=True)
-class FindRoute:
-    """Look for hops through these blocks, without some peers, between two hops (None: the gateway)."""
-
-    blocks: range
-    avoiding: frozenset[PeerId]
-    after: PeerId | None
-    before: PeerId | None
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send a message; a peer that cannot be reached becomes a `Lost`."""
-
-    peer: PeerId
-    message: OpenSession | Fence | Resume | Step | CloseSession
-
-
-@dataclass(frozen=True, slots=True)
-class Emit:
-    """The next tokens of the answer, their reports if asked for, and whether the answer ends with them."""
-
-    token_ids: tuple[int, ...]
-    reports: tuple[TokenReport, ...] | None
-    finished: FinishCode
-
-
-@dataclass(frozen=True, slots=True)
-class Ban:
-    """A hop failed: avoid it in other sessions too, and cut it off if it `misbehaved`."""
-
-    peer: PeerId
-    reason: str
-    misbehaved: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Fail:
-    """The session ends with this error."""
-
-    error: ServingError
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """The session has ended as it should."""
-
-
-SessionAction = FindRoute | Send | Emit | Ban | Fail | Ended
 
 
 @dataclass(slots=True)

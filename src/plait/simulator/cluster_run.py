@@ -5,6 +5,7 @@
 faults, moves requests off machines that are gone, and asserts after every event that the books agree.
 """
 
+import math
 from bisect import insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -42,14 +43,17 @@ class RunOptions:
 
     `sessions_per_machine`: the gateway gives no machine more at once (None: as many as it takes); who finds no room
     waits at the gateway in order of arrival, for at most `patience_s`. `announce_s`: how often a machine says what it
-    has to do. `max_model_tokens`: longer requests are refused at once. `silence_s`: a machine that is not heard of so
-    long is given up. `check`: walk all books after every event, after every `check_every`-th, or at the end only.
+    has to do. `max_model_tokens`: longer requests are refused at once. `asked_tokens`: the length that every client
+    asks room for, who does not know how long its answer will be (None: everybody knows). `silence_s`: a machine that
+    is not heard of so long is given up. `check`: walk all books after every event, after every `check_every`-th, or at
+    the end only.
     """
 
     seed: int = 0
     wish: RouteWish = field(default_factory=RouteWish)
     sessions_per_machine: int | None = None
     max_model_tokens: int | None = None
+    asked_tokens: int | None = None
     patience_s: float = 120.0
     announce_s: float = 5.0
     silence_s: float = 3.0
@@ -248,12 +252,13 @@ class ClusterRun:
             arrival_ns=self.heap.now_ns,
             prompt=prompt_of(number, request),
             output_tokens=request.output_tokens,
+            max_tokens=self.options.asked_tokens or request.prompt_tokens + request.output_tokens,
         )
         self.path.flights[flight.id] = flight
         self.peak_in_flight = max(self.peak_in_flight, len(self.path.flights))
         self._await_next()
         most = self.options.max_model_tokens
-        if most is not None and flight.max_tokens > most:
+        if request.prompt_tokens + request.output_tokens > (most or math.inf):
             self._end(flight, "refused", f"the model takes at most {most} tokens, prompt and answer together")
         else:
             self._route(flight)

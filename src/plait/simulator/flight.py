@@ -28,7 +28,8 @@ class Flight:
 
     While `fenced`, its chain is being mended and nothing that comes out of a machine goes anywhere. `id` is its name on
     the machines, another one for each attempt. `prompt`: its token ids; equal beginnings share their KV blocks.
-    `produced`: tokens that the client has, of `output_tokens`. `refused_by`: who had no room for it, in this attempt.
+    `produced`: tokens that the client has, of `output_tokens`; `max_tokens` is what it asked room for, prompt included.
+    `refused_by`: who had no room for it, in this attempt.
     """
 
     id: RequestId
@@ -36,6 +37,7 @@ class Flight:
     arrival_ns: int
     prompt: list[int]
     output_tokens: int
+    max_tokens: int
     namespace: bytes = b""
     chain: Chain = ()
     hops: list[HopProgress] = field(default_factory=list[HopProgress])
@@ -53,11 +55,6 @@ class Flight:
     def tokens(self) -> int:
         """Tokens known of it, prompt included."""
         return len(self.prompt) + self.produced
-
-    @property
-    def max_tokens(self) -> int:
-        """Its greatest length."""
-        return len(self.prompt) + self.output_tokens
 
     @property
     def peers(self) -> list[PeerId]:

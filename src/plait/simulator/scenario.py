@@ -122,7 +122,8 @@ class ConversationsPart(_Part):
 
 class WorkloadPart(_Part):
     """Requests of a `trace` file, or `requests` drawn: lengths of a named mix at `rate_per_s` (0: all at once). With
-    `conversations`, that is the rate at which these begin."""
+    `conversations`, that is the rate at which these begin. Clients ask room for their `answer`, or, since they do not
+    know its length, for all of the model's `context`: policies that reserve what is asked feel the difference."""
 
     trace: Path | None = None
     format: Literal["plait", "azure", "burstgpt", "mooncake"] = "plait"
@@ -132,6 +133,7 @@ class WorkloadPart(_Part):
     rate_per_s: NotNegative | None = None
     burstiness: Positive = 1.0
     max_request_tokens: int | None = Field(default=None, ge=2)
+    asks: Literal["answer", "context"] = "answer"
 
 
 class RoutingPart(_Part):

@@ -322,6 +322,7 @@ def _options(scenario: Scenario, max_model_tokens: int) -> RunOptions:
         wish=wish,
         sessions_per_machine=run.sessions_per_machine,
         max_model_tokens=max_model_tokens,
+        asked_tokens=max_model_tokens if scenario.workload.asks == "context" else None,
         patience_s=run.patience_s,
         announce_s=run.announce_s,
         silence_s=run.silence_s,

@@ -12,6 +12,8 @@ chunk of 512. Three layers are measured:
 CPU per echo is that of the asking and the answering process together, each by its own clock, so that it holds on a busy
 machine, where the times do not.
 
+iroh is an extra, and is measured where it is installed.
+
     python bench/links.py [--seconds 1] [--repeats 5]         about 3 minutes on two cores
 """
 
@@ -60,7 +62,6 @@ IN_FLIGHT = 4
 """Large messages on their way at a time when throughput is measured."""
 LAYERS = ("stream", "link", "network")
 IROH = () if find_spec("iroh") is None else ("iroh",)
-"""It is an extra: measured where it is installed."""
 KINDS = {
     "stream": ("tcp", "tls"),
     "link": ("unix", "tcp", "tls", *IROH),
@@ -406,6 +407,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=1.0, help="for each size, way and repeat")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--name", default="links", help="of the result; links_iroh where iroh is installed")
     parser.add_argument("--dry", action="store_true", help="print the summary, write nothing")
     parser.add_argument("--answer", nargs=4, metavar=("LAYER", "KIND", "FOLDER", "MIDDLE"))
     arguments = parser.parse_args()
@@ -427,7 +429,7 @@ def main() -> None:
             print(name, figures)
         return
     write_result(
-        "links",
+        arguments.name,
         settings={"seconds": arguments.seconds, "repeats": arguments.repeats, "in_flight": IN_FLIGHT},
         samples=[asdict(run) for run in runs],
         summary=summary,

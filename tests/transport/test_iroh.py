@@ -73,6 +73,27 @@ def test_what_is_no_address_is_said(address: str, tmp_path: Path) -> None:
 
 
 @has_iroh
+@pytest.mark.parametrize("when", ["at once", "while it opens"])
+def test_a_link_that_is_refused_is_gone_at_both_ends(when: str, tmp_path: Path) -> None:
+    rig = Rig("iroh", tmp_path)
+
+    async def main() -> None:
+        def accept(link: Link) -> None:
+            if when == "at once":
+                link.abort()
+            else:
+                asyncio.get_running_loop().call_later(0.001, link.abort)
+
+        listener = await rig.carrier(rig.far).listen(rig.address, accept)
+        with pytest.raises(PeerLost):
+            link = await rig.carrier(rig.near).dial(listener.address, peer=rig.far.peer, timeout_s=10)
+            await link.recv()
+        await listener.close()
+
+    rig.run(main())
+
+
+@has_iroh
 def test_the_address_names_the_relay_that_introduces(tmp_path: Path) -> None:
     rig = Rig("iroh", tmp_path)
     relay = "http://127.0.0.1:9"  # nobody is there; a direct way needs none

@@ -208,6 +208,9 @@ class IrohListener:
                     place = await incoming.remote_addr()
                     link = Link(f"{SCHEME}://{getattr(place, 'addr', '') or getattr(place, 'url', 'relay')}")
                     self._accept(link)
+                    if link.closed:  # too many have come already
+                        await incoming.refuse()
+                        return
                     connection = await (await incoming.accept()).connect()
                     stream = await connection.accept_bi()
                     sending, receiving = stream.send(), stream.recv()
@@ -243,13 +246,15 @@ class IrohTransport(asyncio.Transport):
         self._may_read.set()
         self._writing_paused = False
         self._closing = self._ended = False
+        self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, link: Link) -> None:
         """Open the link."""
         self._link = link
         link.peer = self._peer
         link.connection_made(self)
-        self._tasks = [self._socket.spawn(self._write_all()), self._socket.spawn(self._read_all())]
+        if not self._ended:  # as it does at once if the link was closed meanwhile
+            self._tasks += [self._socket.spawn(self._write_all()), self._socket.spawn(self._read_all())]
 
     # -- what the link calls ---------------------------------------------------------------------------------
 

@@ -214,7 +214,7 @@ def summarise(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
         by: {group: spread_of_errors(rows, by) for group, rows in prediction_groups(cells).items() if rows}
         for by in ("by_mode_s", "by_round_s")
     }
-    summary["as good as either of PETALS' modes"] = verdict(summary)
+    summary["against PETALS' modes"] = verdict(summary)
     return summary
 
 
@@ -239,15 +239,22 @@ def spread_of_errors(rows: Sequence[dict[str, Any]], by: str) -> dict[str, Any]:
     }
 
 
-def verdict(summary: dict[str, Any]) -> dict[str, bool]:
+def verdict(summary: dict[str, Any]) -> dict[str, dict[str, bool]]:
     """The brief's check, at the highest load: no worse than PETALS' random walk in time per token, nor than PETALS'
-    shortest chain in tokens per second."""
+    shortest chain in tokens per second.
+
+    Of the walk's tokens most are those of its few quick clients, so a client's mean wait for a token is compared too.
+    """
     last = [cells for name, cells in summary.items() if name.endswith("clients")][-1]
     if not {LATENCY, THROUGHPUT} <= last.keys():
         return {}
+    walk, shortest = last[THROUGHPUT], last[LATENCY]
     return {
-        mode: seen["p50_token_s"] <= last[THROUGHPUT]["p50_token_s"]
-        and seen["tokens_per_s"] >= last[LATENCY]["tokens_per_s"]
+        mode: {
+            "median token as quick": seen["p50_token_s"] <= walk["p50_token_s"],
+            "mean client as quick": seen["tokens_per_s"] >= walk["tokens_per_s"],
+            "as many tokens per second": seen["tokens_per_s"] >= shortest["tokens_per_s"],
+        }
         for mode, seen in last.items()
         if mode not in (LATENCY, THROUGHPUT, PINNED)
     }

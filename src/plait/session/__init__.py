@@ -7,7 +7,7 @@ One sequence over a chain; events in, actions out, nothing performed:
 
 session_wish.py      what a session is to do, and how long it waits for others
 chain_session.py     as its gateway drives it: opening, tokens, losses, recovery, deadlines; chain_events.py: in and out
-hop_session.py       as one worker of the chain sees it: inputs, outputs, what is kept for replay
+hop_session.py       as one worker of the chain sees it: inputs, outputs, what is kept; hop_actions.py: what it wants
 resume_plan.py       where each hop goes on after the chain has changed
 row_buffer.py        hidden states of consecutive positions
 prompt_lookup.py     guesses of the next tokens, from the text itself
@@ -34,19 +34,8 @@ from plait.session.chain_events import (
     ViewChanged,
 )
 from plait.session.chain_session import ChainSession
-from plait.session.hop_session import (
-    CutOff,
-    Feed,
-    Forget,
-    Forward,
-    HopAction,
-    HopFacts,
-    HopSession,
-    Rows,
-    SampledRow,
-    Tell,
-    Unreadable,
-)
+from plait.session.hop_actions import CutOff, Feed, Forget, Forward, HopAction, Rows, Tell, Unreadable
+from plait.session.hop_session import HopFacts, HopSession, SampledRow
 from plait.session.prompt_lookup import PromptLookup
 from plait.session.request import (
     FinishReason,

@@ -23,9 +23,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from plait.ids import PeerId, SessionId
+from plait.session.hop_actions import CutOff, Feed, Forget, Forward, HopAction, Rows, Tell, Unreadable
 from plait.session.prompt_lookup import PromptLookup
 from plait.session.row_buffer import RowBuffer
 from plait.wire import (
@@ -45,66 +45,11 @@ from plait.wire import (
     reason_text,
 )
 
-Rows = NDArray[np.float32]
-
 # Long enough for full speed on every device we know, short enough for a prompt to be on several hops at once.
 SLICE_TOKENS = 512
 WINDOW_TOKENS = 2048
 # Between a fence and its resumption only a predecessor that was resumed a little earlier can send anything.
 MAX_WAITING_MESSAGES = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """Hidden states that came and are none."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Feed:
-    """Give the engine inputs for positions from `start`; `rows` [tokens, hidden] where they are not token ids alone."""
-
-    start: int
-    token_ids: tuple[int, ...]
-    rows: Rows | None
-    sample_rows: int
-    draft_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Forget:
-    """Let the engine know no more than `known` positions, fed or computed."""
-
-    known: int
-
-
-@dataclass(frozen=True, slots=True)
-class Forward:
-    """Send a step to the next hop, with its hidden states [tokens, hidden]."""
-
-    peer: PeerId
-    step: Step
-    rows: Rows
-
-
-@dataclass(frozen=True, slots=True)
-class Tell:
-    """Send a message without tensors."""
-
-    peer: PeerId
-    message: Fenced | Fault | Taken | Tokens
-
-
-@dataclass(frozen=True, slots=True)
-class CutOff:
-    """The peer broke the protocol: do not listen to it any more."""
-
-    peer: PeerId
-    reason: str
-
-
-HopAction = Feed | Forget | Forward | Tell | CutOff
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

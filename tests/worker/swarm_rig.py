@@ -22,7 +22,8 @@ from plait.wire import Message
 from plait.worker.engine_thread import RunStep, run_inline
 from plait.worker.lookout import Lookout
 from plait.worker.span_worker import SpanWorker, SpanWorkerOptions
-from plait.worker.swarm_engine import SwarmEngine, SwarmModel, SwarmOptions, read_swarm_model
+from plait.worker.swarm_engine import SwarmEngine, SwarmOptions
+from plait.worker.swarm_model import SwarmModel, read_swarm_model
 
 TINY = Path(plait.model.__file__).parent / "tiny"
 BLOCKS = 6

@@ -16,7 +16,8 @@ swarm_node.py        its place there: membership.py: who else is; weight_exchang
 member.py            which blocks it serves, when it moves, how it leaves
 span_source.py       the model on this machine: files, sizes, loaded engines; measure.py: how fast they are
 span_worker.py       sessions over its blocks; engine_thread.py runs the steps, outbox.py sends what comes of them
-swarm_engine.py      requests as sessions over the swarm, as `AsyncEngine` serves them; session_driver.py, lookout.py
+swarm_engine.py      requests as sessions over the swarm, as `AsyncEngine` serves them; session_driver.py, lookout.py,
+                     swarm_model.py are its parts
 swarm_gateway.py     that, a member, and what the gateway's HTTP side asks
 """
 
@@ -28,8 +29,9 @@ from plait.worker.member import Member, MemberOptions
 from plait.worker.membership import Membership, MembershipLimits
 from plait.worker.span_source import SpanLimits, SpanSource, WeightSource, source_of_folder, source_of_swarm
 from plait.worker.span_worker import SpanWorker, SpanWorkerOptions
-from plait.worker.swarm_engine import SwarmEngine, SwarmModel, SwarmOptions
+from plait.worker.swarm_engine import SwarmEngine, SwarmOptions
 from plait.worker.swarm_gateway import SwarmGateway
+from plait.worker.swarm_model import SwarmModel
 from plait.worker.swarm_node import SwarmNode
 
 __all__ = [

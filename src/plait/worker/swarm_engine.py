@@ -13,7 +13,6 @@ from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -24,10 +23,8 @@ from plait.engine import (
     EngineStatus,
     LiveRequest,
     SampledToken,
-    Tokenizer,
     check_prompt,
     new_sequence,
-    open_checkpoint,
 )
 from plait.errors import BadSetup, EngineFailure, NoCapacity, NotReady, ServingError
 from plait.ids import PeerId, RequestId, SessionId
@@ -68,6 +65,7 @@ from plait.worker.outbox import Outbox
 from plait.worker.pace import Pace
 from plait.worker.request_stream import RequestStream
 from plait.worker.session_driver import SessionDriver, SessionHooks
+from plait.worker.swarm_model import SwarmModel
 
 log = logging.getLogger(__name__)
 
@@ -76,44 +74,6 @@ _SLOW_S = 0.05
 _JUDGE_EVERY_S = 1.0
 
 RunBlocking = Callable[[Callable[[], Any]], Awaitable[Any]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SwarmModel:
-    """What a gateway knows of the model that its swarm serves; `fingerprint` is that of the records."""
-
-    fingerprint: str
-    blocks: int
-    vocab_tokens: int
-    max_model_tokens: int
-    eos_token_ids: frozenset[int]
-    tokenizer: Tokenizer
-
-
-def read_swarm_model(
-    folder: Path, *, max_model_tokens: int | None = None, chat_template: str | None = None
-) -> SwarmModel:
-    """Read a checkpoint folder as far as a gateway needs it.
-
-    Raises:
-        BadSetup: the folder is not a model that can be served, or its context is shorter than asked for.
-    """
-    checkpoint = open_checkpoint(folder)
-    spec = checkpoint.spec
-    if max_model_tokens is not None and not 1 < max_model_tokens <= spec.max_model_tokens:
-        raise BadSetup(
-            f"--max-model-len {max_model_tokens} must be between 2 and this model's own limit of "
-            f"{spec.max_model_tokens} tokens"
-        )
-    tokenizer = Tokenizer(folder, model_vocab_tokens=spec.vocab_tokens, chat_template=chat_template)
-    return SwarmModel(
-        fingerprint=checkpoint.fingerprint,
-        blocks=len(spec.blocks),
-        vocab_tokens=spec.vocab_tokens,
-        max_model_tokens=max_model_tokens or spec.max_model_tokens,
-        eos_token_ids=frozenset(checkpoint.eos_token_ids),
-        tokenizer=tokenizer,
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,8 @@ from plait.wire import ChainHop, LeaveAsk
 from plait.worker.async_engine import LoadProgress
 from plait.worker.member import Member, MemberOptions
 from plait.worker.span_source import SpanSource
-from plait.worker.swarm_engine import SwarmEngine, SwarmModel, SwarmOptions, read_swarm_model
+from plait.worker.swarm_engine import SwarmEngine, SwarmOptions
+from plait.worker.swarm_model import SwarmModel, read_swarm_model
 from plait.worker.swarm_node import SwarmNode
 
 log = logging.getLogger(__name__)

@@ -51,6 +51,8 @@ class Neighbours:
         self.moved = 0
         self.asked = 0
         self.refused = 0
+        self.home = 0
+        self.given_up = 0
         self._parts: list[Partial] = []
 
     def ask(self, asked: PartialAsk) -> "Neighbours":
@@ -119,6 +121,24 @@ class Neighbours:
                 loans = self.creditors[peer].loans
                 assert loans is not None
                 loans.book.release(DEBTOR, blocks)
+
+    def answer_recall(self, peer: PeerId, kv_blocks: int) -> None:
+        """The creditor wants blocks back: what fits goes home, the rest is given up and computed again."""
+        loans = self.creditors[peer].loans
+        assert loans is not None
+        for recall in loans.book.recall(kv_blocks, 0.0):
+            blocks = {block.kv_block: block for block in self.loans.debts.numbers(peer)}
+            for kv_block in recall.kv_blocks:
+                number = self.loans.debts.numbers(peer)[blocks[kv_block]]
+                if number in self.loans.homeward(peer, 99):
+                    self.home += self.loans.take_home(number, loans.read(DEBTOR, blocks[kv_block]))
+            self.return_spent()
+            left = self.loans.debts.numbers(peer)
+            rest = [blocks[kv_block] for kv_block in recall.kv_blocks if blocks[kv_block] in left]
+            self.given_up += len(rest)
+            self.loans.lose([left[block] for block in rest])
+            loans.book.release(DEBTOR, rest)
+        self.debtor.loans_changed()
 
     def kill(self, peer: PeerId) -> None:
         """A creditor dies, which its debtor notices when it next asks for what was there."""
@@ -273,3 +293,65 @@ def test_a_debtor_that_comes_back_after_its_lease_reads_nothing_of_others(machin
     near.return_all()
     assert loans.book.forget(PeerId("stranger")) == len(strangers)
     check_all_is_home(near, creditors)
+
+
+def test_a_creditor_that_wants_its_memory_back_gets_it_and_no_token_changes(
+    machines, prompt, expected
+) -> None:
+    debtor, creditors = machines
+    chain, near = SpanChain([debtor]), Neighbours(debtor, dict(creditors))
+    near.number = next(numbers)
+    id = chain.open(prompt, SEEDED)
+    asked, steps = chain.asked[id], 0
+    chain.feed(id, 0)
+    while not asked.ended:
+        near.finish_moves()
+        near.borrow_what_is_wanted(most=3)
+        near.start_moves(2)
+        if debtor.has_work:
+            chain.step(0)
+            chain.arrive(0)
+        elif not asked.ended:
+            chain.feed(id, len(asked.token_ids) - 1)
+        steps += 1
+        if steps in (20, 50):
+            near.finish_moves()
+            near.answer_recall(PeerId("b"), 2)
+        near.check()
+    assert asked.answer == expected["seeded"]
+    assert near.home + near.given_up >= 2, (near.home, near.given_up)
+    chain.close(id)
+    near.return_all()
+    check_all_is_home(near, creditors)
+
+
+def test_two_machines_may_lend_to_each_other(prompt, expected) -> None:
+    """Each has lent what it then has to borrow; both answers are right, and nobody waits for the other."""
+    engines = {PeerId(name): engine_of(8, 20) for name in ("one", "two")}
+    sides: list[tuple[SpanChain, Neighbours]] = []
+    for place, (name, engine) in enumerate(engines.items()):
+        others = {peer: other for peer, other in engines.items() if peer != name}
+        near = Neighbours(engine, others)
+        near.number = place
+        sides.append((SpanChain([engine]), near))
+    for (_, near), peer in zip(sides, reversed(engines), strict=True):
+        assert near.borrow(peer, 3)
+    ids = [chain.open(prompt, sampling) for (chain, _), sampling in zip(sides, (GREEDY, SEEDED), strict=True)]
+    for (chain, _), id in zip(sides, ids, strict=True):
+        chain.feed(id, 0)
+    for (chain, near), id, name in zip(sides, ids, ("greedy", "seeded"), strict=True):
+        asked = chain.asked[id]
+        while not asked.ended:
+            near.finish_moves()
+            near.borrow_what_is_wanted()
+            near.start_moves(2)
+            if near.debtor.has_work:
+                chain.step(0)
+                chain.arrive(0)
+            else:
+                chain.feed(id, len(asked.token_ids) - 1)
+        assert asked.answer == expected[name]
+        chain.close(id)
+        near.return_all()
+    for _, near in sides:
+        check_all_is_home(near, near.creditors)

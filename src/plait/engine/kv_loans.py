@@ -116,6 +116,16 @@ class KvLoans:
             self._planned = key, shard
         return attend_shard(self.store, self._planned[1], self.store.blocks.index(block), query, attention)
 
+    def read(self, debtor: PeerId, block: LentBlock) -> Tensor:
+        """The content of a lent block, one extent, for its debtor to take home or elsewhere.
+
+        Raises:
+            BlocksLost: it is not the debtor's, or not any more.
+        """
+        if not self.book.may_read(debtor, [block]):
+            raise BlocksLost("this KV block is not lent to you, or not any more")
+        return self.store.read_blocks([block.kv_block])[0]
+
     # -- as debtor -------------------------------------------------------------------------------------
 
     def wanted_blocks(self) -> int:
@@ -147,6 +157,25 @@ class KvLoans:
             self.debts.filled(borrowed)
         else:
             self.debts.cancel(borrowed)
+
+    def homeward(self, creditor: PeerId, kv_blocks: int) -> list[int]:
+        """Up to so many borrowed numbers in use, of blocks of this creditor, that there is room for here."""
+        held = set(self.debts.held)
+        room = min(kv_blocks, self._pool.free_blocks)
+        return [number for number in self.debts.numbers(creditor).values() if number not in held][
+            : max(0, room)
+        ]
+
+    def take_home(self, borrowed: int, content: Tensor) -> bool:
+        """Put the content of a borrowed block into one of our own; False if there is no room, or nobody needs it."""
+        if not self._pool.free_blocks or borrowed not in self._pool.borrowed_numbers:
+            return False
+        [own] = self._pool.allocate(1)
+        self.store.write_blocks([own], content[None])
+        if borrowed in self.debts.held or not self._scheduler.relocate(borrowed, own):
+            self._pool.release([own])
+            return False
+        return True
 
     def shares(self, asked: PartialAsk) -> list[HolderShare]:
         """Who holds which of the blocks asked for, in the order of their first ones."""

@@ -31,6 +31,14 @@ def test_a_record_survives_the_wire() -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(RECORD), type=PeerRecord) == RECORD
 
 
+def test_an_address_of_irohs_alone_is_no_listening() -> None:
+    iroh = "iroh://192.0.2.4:7001?relay=https://192.0.2.1"
+    assert RECORD.is_listening and replace(RECORD, addresses=(iroh, *RECORD.addresses)).is_listening
+    assert (
+        not replace(RECORD, addresses=(iroh,)).is_listening and not replace(RECORD, addresses=()).is_listening
+    )
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -211,6 +211,24 @@ def test_halves_of_a_swarm_that_forgot_each_other_meet_again() -> None:
     run_virtual(main())
 
 
+def test_a_machine_that_only_iroh_reaches_also_names_those_that_carry_to_it() -> None:
+    async def main() -> None:
+        async with swarm(5, without_address=[4]) as (_, machines):
+            await asyncio.sleep(20)
+            hidden = machines[4]
+            record = replace(
+                hidden.record(hidden), addresses=("iroh://192.0.2.9:7001?relay=https://192.0.2.1",)
+            )
+            hidden.membership.announce(record)
+            await asyncio.sleep(20)
+            told = machines[1].record(hidden)
+            assert told.addresses == record.addresses and told.through
+            # Here nobody has iroh: the splice is left.
+            await machines[1].network.connect(hidden.peer)
+
+    run_virtual(main())
+
+
 def test_machines_without_an_address_name_those_that_carry_to_them() -> None:
     async def main() -> None:
         async with swarm(6, without_address=[4, 5]) as (_, machines):

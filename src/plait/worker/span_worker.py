@@ -16,7 +16,7 @@ import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -62,6 +62,7 @@ from plait.wire import (
 )
 from plait.worker.engine_thread import RunStep
 from plait.worker.outbox import Outbox
+from plait.worker.rounds import SHARED_TOKENS, Round, wait_until_s
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class _Live:
     stale_step: int = 0
     kept_bytes: int = 0
     orphaned_s: float | None = None  # since when its gateway is gone
+    round: Round = field(default_factory=Round)
 
 
 class SpanWorker:
@@ -143,6 +145,7 @@ class SpanWorker:
         self._wake = asyncio.Event()
         self._step = 0  # the number of the latest step
         self._step_s = 0.0
+        self._small_step_s = 0.0  # of those of few tokens
         self._failed_steps = 0
         self._kept_bytes = 0
         self._draining = False
@@ -228,6 +231,7 @@ class SpanWorker:
                 if live is not None:
                     live.heard_s = self._loop.time()
                     if isinstance(message, Tokens):
+                        live.round.come_back(live.heard_s)
                         self._carry_out(live, live.session.on_tokens(peer, message))
                     else:
                         self._carry_out(live, live.session.on_taken(peer, message))
@@ -270,6 +274,7 @@ class SpanWorker:
         if live is None or step.epoch != live.session.epoch:
             return
         live.heard_s = self._loop.time()
+        live.round.come_back(live.heard_s)
         rows: Rows | Unreadable | None = None
         if tensors or not live.session.first:
             try:
@@ -479,6 +484,10 @@ class SpanWorker:
                 if not self._commands:
                     await self._wake.wait()
                 continue
+            if 1 < len(self._live) <= SHARED_TOKENS:
+                await self._gather()
+                if not engine.has_work:
+                    continue
             self._see_load()
             self._step += 1
             began_s = self._loop.time()
@@ -491,11 +500,35 @@ class SpanWorker:
                 self._step_failed(error)
                 continue
             self._computes = False
-            self._note_step(self._loop.time() - began_s)
+            self._note_step(self._loop.time() - began_s, sum(len(output.token_ids) for output in outputs))
             for output in outputs:
                 self._hand_out(output)
             for id, failure in engine.take_failures():
                 self._session_failed(id, _fault_code(failure), failure.message)
+
+    async def _gather(self) -> None:
+        """Wait for sessions that are about to be here, so that they share the step; see rounds.py."""
+        since_s = self._loop.time()
+        lives = self._live.values()
+        while not self._closing and lives:
+            one = next(iter(lives))
+            if any(live.opening.hops != one.opening.hops for live in lives):
+                return
+            until_s = wait_until_s(
+                (live.round for live in lives),
+                first=one.session.first,
+                now_s=self._loop.time(),
+                since_s=since_s,
+                step_s=self._small_step_s,
+            )
+            if until_s is None:
+                return
+            self._wake.clear()
+            if not self._commands:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(until_s):
+                        await self._wake.wait()
+            self._apply_commands()
 
     def _hand_out(self, output: SpanOutput) -> None:
         live = self._live.get(output.id)
@@ -511,6 +544,7 @@ class SpanWorker:
             tuple(map(_sampled_row, output.sampled)),
             completes=output.completes,
         )
+        live.round.leave(self._loop.time())
         self._carry_out(live, actions)
         if self._kept_bytes > self._options.kept_bytes:
             self._forget_oldest()
@@ -551,8 +585,11 @@ class SpanWorker:
             self._carry_out(live, live.session.engine_failed(code, reason))
             self._end_session(live)
 
-    def _note_step(self, step_s: float) -> None:
+    def _note_step(self, step_s: float, tokens: int) -> None:
         self._step_s += (step_s - self._step_s) * (_STEP_SMOOTHING if self._step_s else 1.0)
+        if tokens <= SHARED_TOKENS:
+            smoothing = _STEP_SMOOTHING if self._small_step_s else 1.0
+            self._small_step_s += (step_s - self._small_step_s) * smoothing
 
     def _see_load(self) -> None:
         """Remember the load for who asks while the engine computes."""

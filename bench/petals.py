@@ -286,7 +286,10 @@ def equal_starts(samples: Sequence[Sample], one: str, other: str) -> list[int]:
         values_of(samples, one, "one_token_ids"), values_of(samples, other, "one_token_ids"), strict=True
     )
     return [
-        next((n for n, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b), len(mine))
+        next(
+            (n for n, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
+            min(len(mine), len(theirs)),
+        )
         for mine, theirs in both
     ]
 

@@ -105,7 +105,8 @@ class LlamaRpc:
         with httpx.stream("POST", url, json=body, timeout=_ANSWER_S) as response:
             for line in response.raise_for_status().iter_lines():
                 if line.startswith("data: {"):
-                    new = json.loads(line.removeprefix("data: ")).get("tokens") or []
-                    answer.token_ids += new
-                    answer.unix_s += [time.time()] * len(new)
+                    event = json.loads(line.removeprefix("data: "))
+                    # A token that ends within a character is counted, but sent with no event of its own.
+                    answer.token_ids += event.get("tokens") or []
+                    answer.unix_s += [time.time()] * (event["tokens_predicted"] - len(answer.unix_s))
         return [answer]

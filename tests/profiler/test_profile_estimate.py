@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from plait.profiler.estimate import Repeat, calmest, estimate_part, estimate_whole
+from plait.profiler.estimate import Repeat, calmest, estimate_part, estimate_whole, settled
 
 
 def interrupted(truth: dict[str, float], repeats: int, seed: int, every_s: float = 0.003) -> list[Repeat]:
@@ -40,6 +40,15 @@ def test_by_processor_time_a_part_is_right_however_often_it_is_interrupted(
     on_the_wall = float(np.median([repeat.parts[part] for repeat in repeats]))
     if truth[part] > 0.005:
         assert on_the_wall > 1.5 * truth[part]  # which the median would have been
+
+
+def test_a_part_is_settled_once_two_repeats_were_left_alone_or_it_is_large() -> None:
+    disturbed = [Repeat(0.03, {"dense": 0.04, "attention": wall}, 1) for wall in (0.001, 0.011, 0.0212)]
+    assert not settled(disturbed, "attention", "cpu")
+    assert settled([*disturbed, Repeat(0.03, {"dense": 0.04, "attention": 0.00102}, 1)], "attention", "cpu")
+    assert settled(disturbed, "attention", "wall")
+    large = [Repeat(0.03, {"dense": 0.04, "attention": wall}, 1) for wall in (0.01, 0.03, 0.05)]
+    assert settled(large, "attention", "cpu")
 
 
 def test_on_the_wall_the_calm_repeats_count() -> None:

@@ -1,9 +1,9 @@
 """Seconds of an operation from several repeats on a machine that others use too.
 
 By the wall's clock, those repeats count in which the process was interrupted least, and their median. By the
-processor's clock (one thread), the whole of a pass is known well however often it was interrupted, and a part that is
-short was left alone in most repeats, so that its lower quartile on the wall is right. A part that is long is what the
-others leave of the whole.
+processor's clock (one thread), the whole of a pass is known well however often it was interrupted, but its parts are
+timed on the wall. A short part that was left alone at least twice has two fastest repeats that agree; a large part is
+what the others leave of the whole; and whoever measures goes on for a while with those that are neither (`settled`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,13 @@ import numpy as np
 from plait.costs import Curve
 from plait.profiler.stopwatch import Clock
 
-_LEFT_ALONE_S = 0.0015
-"""A part as short as this is rarely interrupted: the smallest slice of a Linux scheduler is 0.7 to 3 ms."""
+_AGREE_FRACTION = 0.05
+_CLEAN_FRACTION = 0.1
+"""Repeats so close to the fastest were left alone: an interruption costs milliseconds."""
+_SHORT_S = 0.006
+"""What takes longer is never left alone on a busy machine: repeats that agree were interrupted equally often."""
+_LARGE_FRACTION = 0.1
+"""From this part of the whole on, an error of the whole by a hundredth is one of the part by at most ten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +57,34 @@ def estimate_part(
     if clock == "wall" or len(repeats[0].parts) == 1:
         chosen = repeats if clock == "cpu" else calmest(repeats)
         return _middle([repeat.parts[part] for repeat in chosen])
-    short = _left_alone_s(repeats, part)
-    if short is not None:
-        return Estimate(short, _middle([repeat.parts[part] for repeat in calmest(repeats)]).spread_fraction)
+    clean = _left_alone(repeats, part)
+    if clean is not None:
+        return clean
+    fastest_s = min(repeat.parts[part] for repeat in repeats)
     whole = estimate_whole(repeats, clock)
+    if fastest_s < _LARGE_FRACTION * whole.seconds:
+        return Estimate(fastest_s, _middle([repeat.parts[part] for repeat in repeats]).spread_fraction)
     others_s = 0.0
     for other in repeats[0].parts:
         if other == part:
             continue
-        other_s = _left_alone_s(repeats, other)
-        if other_s is None:
-            other_s = dense_s if other == "dense" and dense_s is not None else _share_s(repeats, other, whole)
-        others_s += other_s
-    # What is left cannot be less than nothing, nor more than the fastest that was seen.
-    most_s = min(repeat.parts[part] for repeat in repeats)
-    seconds = min(max(whole.seconds - others_s, 0.1 * most_s), most_s)
+        alone = _left_alone(repeats, other)
+        if alone is not None:
+            others_s += alone.seconds
+        elif other == "dense" and dense_s is not None:
+            others_s += dense_s
+        else:
+            others_s += min(_share_s(repeats, other, whole), min(repeat.parts[other] for repeat in repeats))
+    seconds = min(max(whole.seconds - others_s, 1e-9), fastest_s)
     return Estimate(seconds, whole.spread_fraction * whole.seconds / seconds)
+
+
+def settled(repeats: Sequence[Repeat], part: str, clock: Clock) -> bool:
+    """Whether more repeats would hardly change the estimate of a part."""
+    if clock == "wall" or len(repeats[0].parts) == 1 or _left_alone(repeats, part) is not None:
+        return True
+    fastest_s = min(repeat.parts[part] for repeat in repeats)
+    return fastest_s >= _LARGE_FRACTION * estimate_whole(repeats, clock).seconds
 
 
 def dense_curve(dense: Mapping[int, Estimate]) -> Curve:
@@ -82,10 +99,12 @@ def calmest(repeats: Sequence[Repeat]) -> Sequence[Repeat]:
     return [repeat for repeat in repeats if repeat.interruptions <= most]
 
 
-def _left_alone_s(repeats: Sequence[Repeat], part: str) -> float | None:
-    """Seconds of a part that is short enough to have been left alone in most repeats; None for longer ones."""
-    low = float(np.quantile([repeat.parts[part] for repeat in repeats], 0.25))
-    return low if low <= _LEFT_ALONE_S else None
+def _left_alone(repeats: Sequence[Repeat], part: str) -> Estimate | None:
+    """What the repeats agree on that were left alone; None if fewer than two were."""
+    walls = sorted(repeat.parts[part] for repeat in repeats)
+    if len(walls) < 2 or walls[0] > _SHORT_S or walls[1] > (1 + _AGREE_FRACTION) * walls[0]:
+        return None
+    return _middle([wall for wall in walls if wall <= (1 + _CLEAN_FRACTION) * walls[0]])
 
 
 def _share_s(repeats: Sequence[Repeat], part: str, whole: Estimate) -> float:

@@ -20,12 +20,13 @@ from plait.costs import (
     prediction_errors,
     tables_of,
 )
-from plait.profiler.estimate import Estimate, Repeat, dense_curve, estimate_part, estimate_whole
+from plait.profiler.estimate import Estimate, Repeat, dense_curve, estimate_part, estimate_whole, settled
 from plait.profiler.grid import GridPoint, ProfileGrid
 from plait.profiler.stopwatch import Clock, PassMaker
 
 Progress = Callable[[int, int], None]
 _PART = {"dense": "dense", "head": "head", "prefill": "attention", "decode": "attention"}
+_MORE_ROUNDS = 2  # for each repeat
 _PAUSE_S = 0.004  # before a pass: who has just slept is left alone for a while
 
 
@@ -60,16 +61,22 @@ def measure_operations(
     """Measure all points of a grid, and fit."""
     points = grid.points()
     taken = [list[Repeat]() for _ in points]
-    done = 0
-    for number in range(repeats + 1):  # the first round warms up
-        for index in map(int, rng.permutation(len(points))):
+    rounds = (
+        1 + repeats + _MORE_ROUNDS * repeats
+    )  # the first one warms up, the last ones are for what is disturbed
+    for number in range(rounds):
+        disturbed = [
+            index
+            for index, point in enumerate(points)
+            if number <= repeats or not settled(taken[index], _PART[point.operation], clock)
+        ]
+        for place, index in enumerate(map(int, rng.permutation(disturbed))):
             time.sleep(_PAUSE_S)
             repeat = _measure(maker, points[index], grid, tells_operations)
             if number:
                 taken[index].append(repeat)
-            done += 1
             if on_progress is not None:
-                on_progress(done, (repeats + 1) * len(points))
+                on_progress(number * len(points) + place + 1, rounds * len(points))
     dense = {
         point.place: estimate_part(repeated, "dense", clock)
         for point, repeated in zip(points, taken, strict=True)

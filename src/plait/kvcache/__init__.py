@@ -4,6 +4,7 @@ pool.py           reference-counted blocks, those free but still cached, copy-fr
 prefix.py         stable names for the content of full blocks, and the index from name to block
 loan_book.py      a creditor's loans: leases, generations, recall
 debt_book.py      a debtor's borrowed blocks: where each of them is
+loan_hunt.py      a debtor's search for a creditor
 debt_ledger.py    all debts of the swarm, rebuilt from heartbeats; whom to ask for memory
 debt_cycles.py    debts that run in a circle, and what can go home
 lending_plan.py   which moves serve more: a throughput model and a greedy plan
@@ -23,10 +24,27 @@ from plait.kvcache.lending_plan import (
     plan_lending,
 )
 from plait.kvcache.loan_book import Granted, LentBlock, LoanBook, LoanTerms, NotGranted, Recall
+from plait.kvcache.loan_hunt import (
+    AskCreditor,
+    AskManager,
+    Candidates,
+    HuntAction,
+    HuntEvent,
+    LoanGranted,
+    LoanHunt,
+    LoanRefused,
+    PeerGone,
+    TimePassed,
+    Wanted,
+    on_hunt_event,
+)
 from plait.kvcache.pool import KvBlockPool
 from plait.kvcache.prefix import PrefixIndex, PrefixNamespace, chain_keys
 
 __all__ = [
+    "AskCreditor",
+    "AskManager",
+    "Candidates",
     "CycleSettlement",
     "DebtBook",
     "DebtHeartbeat",
@@ -34,15 +52,21 @@ __all__ = [
     "DebtRow",
     "Disagreement",
     "Granted",
+    "HuntAction",
+    "HuntEvent",
     "InstanceLoad",
     "KvBlockPool",
     "LayerTimes",
     "LendingRules",
     "LentBlock",
     "LoanBook",
+    "LoanGranted",
+    "LoanHunt",
+    "LoanRefused",
     "LoanTerms",
     "MovableRequest",
     "NotGranted",
+    "PeerGone",
     "PlacementChange",
     "PlannedMove",
     "PrefixIndex",
@@ -50,9 +74,12 @@ __all__ = [
     "Recall",
     "RemoteBlock",
     "TakeHome",
+    "TimePassed",
+    "Wanted",
     "after_move",
     "best_move",
     "chain_keys",
+    "on_hunt_event",
     "plan_lending",
     "plan_take_home",
     "settle_cycles",

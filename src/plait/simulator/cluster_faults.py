@@ -1,29 +1,52 @@
 """Carries out the faults of a run, and lets the gateway find out about them as it would: a closed connection at once,
 silence after a while."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
-from plait.ids import PeerId
-from plait.simulator.event_heap import EventKind, ns_of
+from plait.ids import PeerId, RequestId
+from plait.simulator.event_heap import EventHeap, EventKind, ns_of
 from plait.simulator.faults_of_run import RunFault, check_fault
 from plait.simulator.flight import Flight
-from plait.simulator.simulated_network import GATEWAY
+from plait.simulator.simulated_gateway import SimulatedGateway
+from plait.simulator.simulated_network import GATEWAY, SimulatedNetwork
 from plait.simulator.simulated_worker import SimulatedWorker
 
-if TYPE_CHECKING:
-    from plait.simulator.cluster_run import ClusterRun
+
+class Survivor(Protocol):
+    """Who goes on with the requests when something broke or came back."""
+
+    def recover(self, flight: Flight, lost: frozenset[PeerId]) -> None:
+        """Move a request off machines that are gone."""
+        ...
+
+    def welcome(self) -> None:
+        """There may be room again."""
+        ...
 
 
 class FaultInjector:
-    """Strikes and mends, by events."""
+    """Strikes and mends, by events. `flights`: all requests in flight, as they are at any time."""
 
-    def __init__(self, run: "ClusterRun", faults: Sequence[RunFault]) -> None:
-        self._run = run
-        self._heap = run.heap
-        self._network = run.network
-        self._by_name = {worker.name: worker for worker in run.workers.values()}
-        self._silence_ns = ns_of(run.options.silence_s)
+    def __init__(
+        self,
+        faults: Sequence[RunFault],
+        *,
+        heap: EventHeap,
+        network: SimulatedNetwork,
+        gateway: SimulatedGateway,
+        workers: Iterable[SimulatedWorker],
+        flights: Mapping[RequestId, Flight],
+        survivor: Survivor,
+        silence_s: float,
+    ) -> None:
+        self._heap = heap
+        self._network = network
+        self._gateway = gateway
+        self._flights = flights
+        self._survivor = survivor
+        self._by_name = {worker.name: worker for worker in workers}
+        self._silence_ns = ns_of(silence_s)
         for fault in faults:
             check_fault(fault, list(self._by_name))
             name = f"{fault.kind} {','.join(fault.machines)}"
@@ -80,8 +103,8 @@ class FaultInjector:
             elif fault.kind == "slow_link":
                 self._network.slow(name, -ns_of(fault.strength))
             elif self.heard(worker):
-                self._run.gateway.hear(worker)
-        self._run.welcome()
+                self._gateway.hear(worker)
+        self._survivor.welcome()
 
     def _crash(self, worker: SimulatedWorker, end_ns: int) -> None:
         if not worker.up:
@@ -95,14 +118,14 @@ class FaultInjector:
     def _restart(self, worker: SimulatedWorker) -> None:
         worker.restart()
         if self.heard(worker):
-            self._run.gateway.hear(worker)
-        self._run.welcome()
+            self._gateway.hear(worker)
+        self._survivor.welcome()
 
     def _gone(self, worker: SimulatedWorker) -> None:
-        self._run.gateway.lose(worker.peer)
-        for flight in list(self._run.path.flights.values()):
+        self._gateway.lose(worker.peer)
+        for flight in list(self._flights.values()):
             if any(hop.worker is worker for hop in flight.hops):
-                self._run.recover(flight, frozenset({worker.peer}))
+                self._survivor.recover(flight, frozenset({worker.peer}))
 
     def _silent(self, worker: SimulatedWorker) -> None:
         if worker.up and worker.silent_until_ns > self._heap.now_ns:
@@ -116,17 +139,17 @@ class FaultInjector:
         for worker in workers:
             at_ns = now_ns + self._silence_ns
             self._heap.at(at_ns, EventKind.NOTICED, f"{worker.name} unheard", self._unheard, worker)
-        for flight in self._run.path.flights.values():
+        for flight in self._flights.values():
             self.watch(flight)
 
     def _unheard(self, worker: SimulatedWorker) -> None:
         if not self.heard(worker):
-            self._run.gateway.lose(worker.peer)
+            self._gateway.lose(worker.peer)
 
     def _part(self, what: tuple[Flight, int]) -> None:
         flight, epoch = what
         if epoch == flight.epoch and (broken := self._broken(flight)):
-            self._run.recover(flight, frozenset(peer for peer, _ in broken))
+            self._survivor.recover(flight, frozenset(peer for peer, _ in broken))
 
     def _broken(self, flight: Flight) -> list[tuple[PeerId, int]]:
         """Machines of a chain that somebody waits for in vain, and when that is noticed."""

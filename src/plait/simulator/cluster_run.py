@@ -106,7 +106,16 @@ class ClusterRun:
         self._arriving = True
         self._waiting: list[Flight] = []
         self._retrying = False
-        self._injector = FaultInjector(self, faults)
+        self._injector = FaultInjector(
+            faults,
+            heap=self.heap,
+            network=self.network,
+            gateway=self.gateway,
+            workers=self.workers.values(),
+            flights=self.path.flights,
+            survivor=self,
+            silence_s=options.silence_s,
+        )
         self._stagger()
         self._await_next()
 
@@ -212,9 +221,12 @@ class ClusterRun:
         flight.refused_by |= lost
         self._route(flight)
 
-    def welcome(self, most: int | None = None) -> None:
-        """There may be room again: those who wait try in order of arrival, `most` of them."""
-        for _ in range(len(self._waiting) if most is None else min(most, len(self._waiting))):
+    def welcome(self) -> None:
+        """There may be room again: those who wait try in order of arrival."""
+        self._admit(len(self._waiting))
+
+    def _admit(self, most: int) -> None:
+        for _ in range(min(most, len(self._waiting))):
             flight = self._waiting[0]
             if not self._try(flight):
                 return
@@ -310,7 +322,7 @@ class ClusterRun:
         self._retrying = bool(self._waiting)
         if self._waiting:
             self.heap.after(RETRY_S, EventKind.NOTICED, "retry", self._retry, None)
-            self.welcome(1)
+            self._admit(1)
 
     def _lose_patience(self, what: tuple[Flight, int]) -> None:
         flight, since_ns = what
@@ -342,7 +354,7 @@ class ClusterRun:
         if self.timeline is not None:
             self.timeline.request(flight, ending)
         if self._waiting:
-            self.welcome(1)
+            self._admit(1)
 
     # Clockwork.
 

@@ -233,19 +233,11 @@ def summary_of(
     for servers, samples in tokens.items():
         names = names_of(samples)
         summary[f"{servers} servers"] = {
-            "systems": {name: {key: spread(values_of(samples, name, key)) for key in keys} for name in names},
-            "plait over": {
-                name: {
-                    "one client": ratio(samples, "plait", name, "one_tokens_per_s"),
-                    "equal tokens at the start": spread(equal_starts(samples, "plait", name)),
-                }
-                | (
-                    {f"{CLIENTS} clients": ratio(samples, "plait", name, "many_all_tokens_per_s")}
-                    if values_of(samples, name, "many_all_tokens_per_s")
-                    else {}
-                )
-                for name in names[1:]
+            "systems": {
+                name: {key: spread(values) for key in keys if (values := values_of(samples, name, key))}
+                for name in names
             },
+            "plait over": {name: _over(samples, name) for name in names if name != "plait"},
             "noise": noise(samples),
         }
     if kills:
@@ -261,6 +253,15 @@ def summary_of(
             "error": released[0]["error"]
         }
     return summary | {"absent": bench.absent, "versions": bench.versions}
+
+
+def _over(samples: Sequence[Sample], name: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"one client": ratio(samples, "plait", name, "one_tokens_per_s")}
+    if values_of(samples, name, "many_all_tokens_per_s"):
+        found[f"{CLIENTS} clients"] = ratio(samples, "plait", name, "many_all_tokens_per_s")
+    if same := equal_starts(samples, "plait", name):
+        found["equal tokens at the start"] = spread(same)
+    return found
 
 
 def _recovery(samples: Sequence[Sample], name: str) -> dict[str, Any]:
@@ -281,16 +282,12 @@ def names_of(samples: Sequence[Sample]) -> list[str]:
 
 
 def equal_starts(samples: Sequence[Sample], one: str, other: str) -> list[int]:
-    """How many tokens of one client's answers are equal before the first that is not."""
-    both = zip(
-        values_of(samples, one, "one_token_ids"), values_of(samples, other, "one_token_ids"), strict=True
-    )
+    """How many tokens of one client's answers are equal before the first that is not; of answers that tell them all."""
+    both = zip(*(values_of(samples, name, "one_token_ids") for name in (one, other)), strict=True)
     return [
-        next(
-            (n for n, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
-            min(len(mine), len(theirs)),
-        )
+        next((n for n, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b), len(mine))
         for mine, theirs in both
+        if len(mine) == len(theirs)
     ]
 
 
@@ -304,7 +301,8 @@ def figures_of(tokens: Mapping[int, list[Sample]], kills: list[Sample]) -> list[
                 for servers, samples in tokens.items()
                 if (values := values_of(samples, name, key))
             }
-            figure.add_line(name, list(medians), list(medians.values()))
+            if medians:
+                figure.add_line(name, list(medians), list(medians.values()))
         figures.append(figure)
     pauses = Figure("a server killed", "repetition", "longest pause of the stream, seconds", log_y=True)
     for name in names_of(kills):

@@ -149,7 +149,8 @@ def measure_kill(bench: "Bench", *, replays: bool, names: Sequence[str]) -> list
         answer, killed_s = swarm.answer_under_kill(prompt, bench.tokens, bench.tokens // 2)
         before = [later - one for one, later in pairwise(answer.unix_s) if later < killed_s]
         went_on = len(answer.unix_s) == bench.tokens
-        swarm.put_back()
+        if replays:  # the released client bans for minutes who could have gone on
+            swarm.put_back()
         return {
             "gap_s": statistics.median(before),
             "pause_s": answer.pause_s(killed_s) if went_on else None,
@@ -362,8 +363,11 @@ def run(bench: Bench, asked: Sequence[str], arguments: argparse.Namespace, *, wr
     tokens: dict[int, list[Sample]] = {}
     kills: list[Sample] = []
     released: list[Sample] = []
-    if "tokens" in asked:
-        tokens = {servers: measure_tokens(bench, servers) for servers in arguments.servers}
+    for servers in arguments.servers if "tokens" in asked else ():
+        try:
+            tokens[servers] = measure_tokens(bench, servers)
+        except EngineDied as died:  # what was measured before is kept
+            bench.absent[f"{servers} servers"] = str(died)
     if "kill" in asked:
         again = replace(bench, rounds=replace(bench.rounds, repetitions=arguments.kills if writes else 1))
         kills = measure_kill(again, replays=True, names=("plait", "PETALS"))

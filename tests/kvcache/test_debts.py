@@ -17,8 +17,10 @@ from plait.kvcache import (
     LendingRules,
     MovableRequest,
     PlacementChange,
+    StepSample,
     after_move,
     best_move,
+    fit_layer_times,
     plan_lending,
     plan_take_home,
     settle_cycles,
@@ -205,6 +207,27 @@ def test_slow_links_keep_blocks_at_home() -> None:
     slow = LayerTimes(layers=4, flat_s=1e-3, per_request_s=2e-4, per_token_s=1e-7, per_holder_s=0.05)
     far = [crowded(A, times=slow), empty(B)]
     assert plan_lending(far, RULES, BLOCK_TOKENS, 0.0) == ()
+
+
+@pytest.mark.parametrize("knee", [1, 4, 8])
+def test_times_are_found_again_from_noisy_steps(knee: int) -> None:
+    times = LayerTimes(layers=4, flat_s=2e-4 * knee, per_request_s=2e-4, per_token_s=3e-7, per_holder_s=1e-4)
+    rng = np.random.default_rng(knee)
+    samples = [
+        StepSample(
+            requests, tokens, holders, 4 * times.seconds(requests, tokens, holders) * rng.normal(1, 0.02)
+        )
+        for requests, tokens, holders in product((1, 2, 4, 8, 16), (100, 1000, 5000), (0, 1, 2))
+    ]
+    found = fit_layer_times(samples, 4)
+    for name in ("flat_s", "per_request_s", "per_token_s", "per_holder_s"):
+        assert getattr(found, name) == pytest.approx(getattr(times, name), rel=0.15), name
+
+
+def test_a_fit_never_claims_that_work_saves_time() -> None:
+    samples = [StepSample(requests, 100 * requests, 0, 1.0 - 0.01 * requests) for requests in (1, 2, 3, 4)]
+    found = fit_layer_times(samples, 1)
+    assert found.per_token_s >= 0 and found.per_holder_s >= 0 and found.flat_s > 0
 
 
 def total(loads: list[InstanceLoad]) -> float:

@@ -41,6 +41,46 @@ class LayerTimes:
 
 
 @dataclass(frozen=True, slots=True)
+class StepSample:
+    """A measured decode step: requests in the batch, tokens attended, holders asked in a layer, and its seconds."""
+
+    requests: int
+    tokens: int
+    holders: int
+    seconds: float
+
+
+def fit_layer_times(samples: Sequence[StepSample], layers: int) -> LayerTimes:
+    """The times that explain measured steps best: least squares of relative errors, no time below 0.
+
+    Where computing takes over from reading the weights is tried at every batch size that was measured.
+    """
+    seconds = np.array([each.seconds for each in samples]) / layers
+    fits: list[tuple[float, LayerTimes]] = []
+    for knee in sorted({each.requests for each in samples}):
+        terms = np.array(
+            [[max(knee, each.requests), each.tokens, each.holders] for each in samples], dtype=float
+        )
+        for kept in ((0, 1, 2), (0, 1), (0, 2), (0,)):
+            weights, *_ = np.linalg.lstsq(
+                terms[:, kept] / seconds[:, None], np.ones(len(samples)), rcond=None
+            )
+            if (weights < 0).any():
+                continue
+            found = dict(zip(kept, weights.tolist(), strict=True))
+            error = float(np.square(terms[:, kept] @ weights / seconds - 1).sum())
+            times = LayerTimes(
+                layers=layers,
+                flat_s=found[0] * knee,
+                per_request_s=found[0],
+                per_token_s=found.get(1, 0.0),
+                per_holder_s=found.get(2, 0.0),
+            )
+            fits.append((error, times))
+    return min(fits, key=lambda each: each[0])[1]
+
+
+@dataclass(frozen=True, slots=True)
 class MovableRequest:
     """A running request, and how many full blocks of it are still at home."""
 

@@ -1,5 +1,6 @@
 """Published formats: reading, writing and reading again gives the same; what is malformed is refused with its line."""
 
+import contextlib
 import json
 from dataclasses import replace
 
@@ -269,3 +270,53 @@ def test_a_malformed_sharegpt_file_is_refused(text: str, message: str) -> None:
 def test_sharegpt_needs_texts() -> None:
     with pytest.raises(BadSetup, match="request 0 has no texts"):
         format_sharegpt([TraceRequest(arrival_s=0.0, prompt_tokens=1, output_tokens=1)])
+
+
+cells = st.sampled_from(
+    ["", "5", "-1", "1e999", "nan", "0x1", "²", '"', "2023-11-16 18:17:04", "a,b", "\x00", "9" * 99]
+)
+garbage = st.lists(st.text(max_size=40) | st.lists(cells, max_size=9).map(",".join), max_size=5)
+json_garbage = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                [
+                    "timestamp",
+                    "input_length",
+                    "output_length",
+                    "hash_ids",
+                    "conversations",
+                    "id",
+                    "from",
+                    "value",
+                ]
+            ),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(garbage, st.sampled_from([AZURE[0], BURSTGPT[0], ""]))
+def test_no_line_does_more_than_be_refused(lines: list[str], heading: str) -> None:
+    for parse in (parse_azure, parse_burstgpt, parse_mooncake, parse_trace):
+        try:
+            trace = parse([heading, *lines], where="fuzz")
+        except BadSetup as error:
+            assert "fuzz" in error.message
+        else:
+            assert trace
+
+
+@given(st.lists(json_garbage, max_size=4))
+def test_no_json_does_more_than_be_refused(values: list[object]) -> None:
+    lines = [json.dumps(value) for value in values]
+    for parse in (parse_mooncake, parse_trace):
+        with contextlib.suppress(BadSetup):
+            assert parse(lines, where="fuzz")
+    with contextlib.suppress(BadSetup):
+        assert parse_sharegpt(json.dumps(values), count_words, where="fuzz")

@@ -10,6 +10,9 @@ tokens), which machines had the work, time to chain and to the first token. A lo
 what the route predicted: by the mode itself (PETALS' cost model, for all but `load`), and by plait's model of a round.
 `pinned` is a control: the chain that is best for a lone client beside its first gateway, for everybody.
 
+On a busy machine delays of the processors show as slowness; `passes_late` in the result says how much. Linux shares
+time among sessions: `setsid sh -c 'echo -13 > /proc/self/autogroup; python bench/routing_live.py'` (root) goes first.
+
     python bench/routing_live.py           about 25 minutes; the processors are hardly used
     python bench/routing_live.py --quick   to see that it works; writes nothing
     python bench/routing_live.py --plan    seconds: what clients would get if one planner placed all of them at once

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
 from plait.engine import SpanEngine
@@ -16,7 +17,7 @@ from plait.engine.span_session import Answer
 from plait.errors import PeerLost
 from plait.kvcache import KvBlockPool
 from plait.routing import Router
-from plait.session import ChainSession, Emit, HopSession, chain_session
+from plait.session import ChainSession, Emit, HopSession
 from plait.transport.connection import Connection
 from plait.worker import SpanWorker, SwarmEngine
 
@@ -122,13 +123,14 @@ def stale_route(patch: pytest.MonkeyPatch) -> None:
 
 
 def replay_from_wrong_position(patch: pytest.MonkeyPatch) -> None:
-    """The plan of a resumption takes it that every hop still has all that it ever sent."""
-    right = chain_session.plan_resume
+    """A hop whose next one was replaced sends its outputs again, but from one position too late."""
+    right = HopSession.on_resume
 
-    def plan(known: Any, kept_from: Any, tokens: int) -> Any:
-        return right(known, [0 for _ in kept_from], tokens)
+    def on_resume(self: Any, resume: Any) -> Any:
+        late = min(resume.next_known + 1, max(self._computed, resume.next_known))
+        return right(self, msgspec.structs.replace(resume, next_known=late))
 
-    patch.setattr(chain_session, "plan_resume", plan)
+    patch.setattr(HopSession, "on_resume", on_resume)
 
 
 def old_epoch_heard(patch: pytest.MonkeyPatch) -> None:
@@ -144,15 +146,6 @@ def old_epoch_heard(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SpanWorker, "_hand_out", hand_out)
 
 
-def closed_session_opened_again(patch: pytest.MonkeyPatch) -> None:
-    """A worker forgets which sessions have ended, so that a late opening begins one that nobody will end."""
-
-    def remember_closed(self: Any, id: Any, epoch: int) -> None:
-        pass
-
-    patch.setattr(SpanWorker, "_remember_closed", remember_closed)
-
-
 def orphans_kept(patch: pytest.MonkeyPatch) -> None:
     """Sessions whose gateway is gone are never ended."""
 
@@ -160,16 +153,6 @@ def orphans_kept(patch: pytest.MonkeyPatch) -> None:
         await asyncio.Event().wait()
 
     patch.setattr(SpanWorker, "_expire", expire)
-
-
-def early_tokens_dropped(patch: pytest.MonkeyPatch) -> None:
-    """The first hop drops tokens that came before its own resumption, instead of taking them then."""
-
-    def take_early_tokens(self: Any) -> list[Any]:
-        self._early_tokens = None
-        return []
-
-    patch.setattr(HopSession, "_take_early_tokens", take_early_tokens)
 
 
 def silence_never_noticed(patch: pytest.MonkeyPatch) -> None:
@@ -218,9 +201,7 @@ PLANTS: tuple[Plant, ...] = (
     stale_route,
     replay_from_wrong_position,
     old_epoch_heard,
-    closed_session_opened_again,
     orphans_kept,
-    early_tokens_dropped,
     silence_never_noticed,
     seed_of_sampling_lost,
     gateway_keeps_sessions,

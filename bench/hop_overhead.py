@@ -6,12 +6,14 @@ hidden states (8 KiB a token, as of an 8B model) and nearly nothing inside: its 
 take them, so that a pass is short and its data stays in the cache.
 
 Per token and hop: the CPU time of a machine's process (all its threads, by its own clock) less that of its native
-calls (by the clock of the thread that makes them), divided by the tokens that went through. Python around the native
-call, sampling, heartbeats and gossip are all in it. What an idle machine uses is measured too, and is a part. The parts
-come from runs of their own, in which functions are timed, each without those it calls; what no function was charged
-for is the event loop, its wake-ups and the hand-over between its thread and the engine's.
+calls (by the clock of the thread that makes them) and what it uses in so many seconds without any session, divided by
+the tokens that went through. Python around the native call and sampling are in it; heartbeats, gossip and polls are
+not, since they come by the second and not by the token: they have a figure of their own. The parts come from runs of
+their own, in which functions are timed, each without those it calls; what no function was charged for is the event
+loop, its wake-ups and the hand-over between its thread and the engine's.
 
-CPU clocks hold on a busy machine; the latency is a wall clock's, and does not.
+CPU clocks count what a process computed; on a busy machine that takes longer, since others empty its caches, and the
+latency, a wall clock's, means nothing there. The load average before the run is in the result.
 
     python bench/hop_overhead.py [--repeats 5]         about 4 minutes on two cores
 """
@@ -60,6 +62,8 @@ class Run:
     seconds: float
     cpu_us: float
     cpu_us_by_hop: tuple[float, ...]
+    idle_us: float
+    """What heartbeats, gossip and polls used in the meantime, which is not in `cpu_us`."""
     arithmetic_us: float
     parts_us: dict[str, float]
     switches: float
@@ -194,7 +198,10 @@ class Chain:
             each.cancel()
         await asyncio.gather(*answers, return_exceptions=True)
         await asyncio.sleep(0.5)  # sessions end
-        by_hop = [(each.process_s - each.arithmetic_s - each.clock_s) / tokens * 1e6 for each in used]
+        idle_us = idle_s * seconds / tokens * 1e6
+        by_hop = [
+            (each.process_s - each.arithmetic_s - each.clock_s) / tokens * 1e6 - idle_us for each in used
+        ]
         parts_us: dict[str, float] = {}
         for each in used:
             for part, seconds_of_part in each.parts_s.items():
@@ -202,7 +209,6 @@ class Chain:
         cpu_us = statistics.mean(by_hop)
         if parts_us:
             del parts_us[ARITHMETIC]
-            parts_us["idle: heartbeats, gossip, polls"] = idle_s * seconds / tokens * 1e6
             parts_us["event loop, wake-ups, threads"] = cpu_us - sum(parts_us.values())
         token_s = seconds * sessions / tokens
         wall_s = sum(each.arithmetic_wall_s for each in used) * sessions / tokens
@@ -215,6 +221,7 @@ class Chain:
             seconds=seconds,
             cpu_us=cpu_us,
             cpu_us_by_hop=tuple(by_hop),
+            idle_us=idle_us,
             arithmetic_us=statistics.mean(each.arithmetic_s for each in used) / tokens * 1e6,
             parts_us=parts_us,
             switches=statistics.mean(each.switches for each in used) / tokens,

@@ -34,7 +34,6 @@ from plait.transport.network import Network
 from plait.transport.tls import TlsTransport
 from plait.worker import Member, MemberOptions, SpanLimits, SpanSource, SwarmNode, source_of_folder
 from plait.worker.measure import KeptRates
-from plait.worker.membership import Membership
 
 SECRET = SwarmSecret(bytes(range(32)))
 ARITHMETIC = "arithmetic"
@@ -151,9 +150,6 @@ def watch_parts(clock: PartClock) -> None:
         ("send: messages, frames", network, "encode_message"),
         ("send: messages, frames", Link, "write"),
         ("send: TLS", TlsTransport, "write"),
-        ("heartbeats, gossip", Network, "_tick"),
-        ("heartbeats, gossip", Membership, "_on_gossip"),
-        ("heartbeats, gossip", Membership, "_on_digest"),
     ):
         clock.watch(part, owner, name)
 

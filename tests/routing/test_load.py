@@ -20,7 +20,15 @@ from small_swarms import (
 from plait.cluster import PeerLoad, PeerRates, PeerRecord, SwarmView, random_swarm
 from plait.routing import RouteWish, check_chain, choose_chain, expected_round_s
 from plait.routing.graph import chain_graph
-from plait.routing.load import HOP_OVERHEAD_S, least_loaded_round
+from plait.routing.load import (
+    HOP_OVERHEAD_S,
+    MAX_FIRST_HOPS,
+    LoadTerms,
+    closing_delays_s,
+    least_loaded_round,
+    shortest_round,
+)
+from plait.routing.sweep import edges, shortest_path
 
 RATES = PeerRates(decode_tokens_per_s=100.0, saturated_decode_tokens_per_s=400.0)
 
@@ -212,3 +220,27 @@ def test_a_chain_of_machines_that_leave_has_no_expected_time() -> None:
         view, records={peer: replace(record, state="draining") for peer, record in view.records.items()}
     )
     assert expected_round_s(leaving, chain) == math.inf
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_search_that_follows_only_what_is_promising_finds_the_same_round(seed: int) -> None:
+    """Against the search that follows everything, on swarms with and without gaps in what is known of delays."""
+    rng = np.random.default_rng(seed)
+    view = random_swarm(
+        rng, peers=int(rng.choice([6, 30, 80])), blocks=40, pinged_peers=None if seed % 2 else 5
+    )
+    graph = chain_graph(view, range(40), either_way=True, early_exits=True)
+    sessions = rng.integers(0, 20, graph.servers).astype(np.float64)
+    terms = LoadTerms(graph)
+    cost = terms.cost(100, sessions, round_s=0.1)
+    closing_s = closing_delays_s(graph)
+    laid = edges(graph, cost)
+    entering = laid.entering - cost.entry[graph.entering]
+    best: tuple[float, tuple[int, ...]] = (np.inf, ())
+    for first in range(len(entering)):
+        alone = np.full(len(entering), np.inf)
+        alone[first] = entering[first]
+        best = min(best, shortest_path(graph, replace(laid, entering=alone, leaving=closing_s[:, first])))
+    found_s, path = shortest_round(graph, cost, closing_s)
+    assert found_s >= best[0] and (found_s == best[0] or len(entering) > MAX_FIRST_HOPS)
+    assert terms.round_s(cost, path, closed=True) == pytest.approx(found_s, rel=1e-12)

@@ -32,7 +32,7 @@ from plait.routing.chain import Chain
 from plait.routing.costs import CACHE_PENALTY_S, SumCost, seconds_per_block
 from plait.routing.graph import ChainGraph, Floats, chain_graph
 from plait.routing.path_values import PathValues
-from plait.routing.sweep import Path, edges, shortest_path, ways_to_go
+from plait.routing.sweep import Path, WaysToGo, edges, shortest_path, ways_to_go
 
 HOP_OVERHEAD_S = 0.0005  # framing, encryption and wake-ups of a hop of ours
 SPREAD = 0.05  # standard deviation of the logarithm of the random factor: bench/routing_load.py
@@ -202,20 +202,37 @@ def shortest_round(graph: ChainGraph, cost: SumCost, closing_s: Floats | None) -
     """The chain of least cost; a closed round costs the way from its last hop to its first, not those to the driver.
 
     Closed rounds are searched for from one first hop after the other, the most promising first, until the bounds of
-    the rest (each one's least way to go, if the last hop were free to choose whom to hand its token) are no better.
+    the rest (each one's least way to go, if the last hop were free to choose whom to hand its token) are no better. The
+    same ways to go tell each search what need not be followed.
     """
     laid = edges(graph, cost)
     if closing_s is None:
         return shortest_path(graph, laid)
     entering = laid.entering - cost.entry[graph.entering]
     open_rounds = replace(laid, entering=entering, leaving=closing_s.min(axis=1))
-    bounds = entering + ways_to_go(graph, open_rounds, ()).measure[graph.entering]
+    ways = ways_to_go(graph, open_rounds, ())
+    bounds = entering + ways.measure[graph.entering]
+    order = np.argsort(bounds, kind="stable")[:MAX_FIRST_HOPS]
+    limit = float(bounds[order[0]]) + _closing_more_s(graph, ways, closing_s, int(order[0]))
     best: tuple[float, Path] = (np.inf, ())
-    for first in np.argsort(bounds, kind="stable")[:MAX_FIRST_HOPS]:
+    for first in order:
         if bounds[first] >= best[0]:
             break
         alone = np.full(len(entering), np.inf)
         alone[first] = entering[first]
-        found = shortest_path(graph, replace(laid, entering=alone, leaving=closing_s[:, first]))
+        laid_alone = replace(laid, entering=alone, leaving=closing_s[:, first])
+        # Sums in another order may differ in their last bits.
+        found = shortest_path(
+            graph, laid_alone, to_go=ways.measure, limit=min(limit, best[0]) * (1 + 1e-9) + 1e-12
+        )
         best = min(best, found)
     return best
+
+
+def _closing_more_s(graph: ChainGraph, ways: WaysToGo, closing_s: Floats, first: int) -> float:
+    """How much longer the way to go from a first hop takes when its last hop hands its token back to it."""
+    server = int(graph.entering[first])
+    while ways.following[server] >= 0:
+        server = int(ways.following[server])
+    last = server - graph.leaving.start
+    return float(closing_s[last, first] - closing_s[last].min())

@@ -37,20 +37,34 @@ def edges(graph: ChainGraph, cost: Cost) -> Edges:
     )
 
 
-def shortest_path(graph: ChainGraph, laid: Edges) -> tuple[float, Path]:
+def shortest_path(
+    graph: ChainGraph, laid: Edges, *, to_go: Floats | None = None, limit: float = np.inf
+) -> tuple[float, Path]:
     """The chain of least cost (infinite where `limited` leaves none); ties go to the lower number at each step
-    back."""
+    back.
+
+    Chains of sums above `limit` need not be found: with `to_go`, what the rest of a chain costs at least from each
+    server, those that would come to more are not followed (as in A*).
+    """
     best = np.full(graph.servers, np.inf)
     before = np.full(graph.servers, -1, dtype=np.intp)
     best[graph.entering] = laid.entering
     for stage, hops in zip(graph.stages, laid.stages, strict=True):
-        totals = laid.join(best[stage.arriving, None], hops)  # [arriving, holding]
+        so_far = best[stage.arriving]
+        arriving = np.arange(stage.arriving.start, stage.arriving.stop)
+        if to_go is not None:
+            promising = (so_far + to_go[stage.arriving] <= limit).nonzero()[0]
+            if len(promising) == 0:
+                continue
+            so_far, arriving = so_far[promising], arriving[promising]
+            hops = hops if len(hops) == 1 else hops[promising]
+        totals = laid.join(so_far[:, None], hops)  # [arriving, holding]
         choice = totals.argmin(axis=0)
         value = totals[choice, np.arange(len(stage.holding))]
         better = value < best[stage.holding]
         servers = stage.holding[better]
         best[servers] = value[better]
-        before[servers] = stage.arriving.start + choice[better]
+        before[servers] = arriving[choice[better]]
     totals = laid.join(best[graph.leaving], laid.leaving)
     last = int(totals.argmin())
     path = [graph.leaving.start + last]

@@ -7,6 +7,8 @@ run,
 2. Time to merge the parts of one token's attention, as a fraction of attending them, by length and number of holders.
 3. Time of a decode step in which blocks move out, against the step after it in which none do, by tokens moved.
    Creditors are in the same process, so this is what moving costs debtor and creditor together without a link.
+4. The throughput model of the placement: fitted to every other step of a grid (requests, context, holders), and its
+   error on the rest.
 
     nice -n 19 python bench/distkv.py            about 3 minutes on two cores
 """
@@ -16,6 +18,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ import plait.model
 from plait.engine import EngineOptions, Partial, PartialAsk, SpanEngine, SpanSession, load_span_engine
 from plait.engine.partial import attend_partly, finish_partial, merge_partials
 from plait.ids import PeerId, SessionId
-from plait.kvcache import Granted, LoanTerms
+from plait.kvcache import Granted, LoanTerms, StepSample, fit_layer_times
 from plait.scheduling import StepLimits
 from plait.session import SamplingParams
 
@@ -104,8 +107,8 @@ class Holders:
 class Session:
     """One greedy session, stepped token by token."""
 
-    def __init__(self, engine: SpanEngine, prompt_tokens: int, most_tokens: int) -> None:
-        self.engine, self.id = engine, SessionId("0" * 32)
+    def __init__(self, engine: SpanEngine, prompt_tokens: int, most_tokens: int, place: int = 0) -> None:
+        self.engine, self.id = engine, SessionId(f"{place:032x}")
         sampling = SamplingParams(max_tokens=most_tokens, temperature=0.0, ignore_eos=True)
         engine.open(
             SpanSession(
@@ -115,10 +118,10 @@ class Session:
                 sampling=sampling,
                 seed=0,
                 sample_index=0,
-                arrived_unix_s=0.0,
+                arrived_unix_s=float(place),
             )
         )
-        prompt = np.random.default_rng(0).integers(5, 900, prompt_tokens).tolist()
+        prompt = np.random.default_rng(place).integers(5, 900, prompt_tokens).tolist()
         self.tokens = prompt_tokens
         self.next = self._feed(0, prompt)
 
@@ -212,6 +215,48 @@ def measure_moves(moved_tokens: int, context_tokens: int, pairs: int) -> dict[st
     return {"moved_tokens": moved_tokens, "moving_s": moving_s, "still_s": still_s}
 
 
+def measure_step(requests: int, context_tokens: int, holders: int, steps: int) -> StepSample:
+    """The median decode step of so many sessions, half of whose blocks are spread over the holders."""
+    total_tokens = requests * (context_tokens + 64)
+    debtor = machine(total_tokens + 64, total_tokens)
+    near = Holders(debtor, {PeerId(str(place)): machine(total_tokens, 0) for place in range(holders)})
+    sessions = [Session(debtor, context_tokens, steps + 8, place) for place in range(requests)]
+    if holders:
+        blocks = total_tokens // BLOCK_TOKENS // 2 // holders
+        for creditor in near.creditors:
+            near.borrow(creditor, blocks)
+        near.move(blocks * holders)
+    samples: list[float] = []
+    for step in range(steps + 2):
+        near.asks = 0
+        for session in sessions:
+            debtor.feed(session.id, session.tokens, [session.next], None, sample_rows=1)
+            session.tokens += 1
+        start_s = time.perf_counter()
+        outputs = {output.id: output.sampled[0].token_id for output in debtor.step()}
+        if step >= 2:
+            samples.append(time.perf_counter() - start_s)
+        for session in sessions:
+            session.next = outputs[session.id]
+    return StepSample(requests, requests * context_tokens, near.asks // BLOCKS, statistics.median(samples))
+
+
+def measure_model(steps: int) -> dict[str, Any]:
+    grid = [
+        measure_step(requests, context_tokens, holders, steps)
+        for requests in (1, 2, 4, 8)
+        for context_tokens in (64, 256, 768)
+        for holders in (0, 1, 2)
+        if requests * context_tokens <= 2048
+    ]
+    times = fit_layer_times(grid[::2], BLOCKS)
+    errors = [
+        abs(times.throughput(each.requests, each.tokens, each.holders) / (each.requests / each.seconds) - 1)
+        for each in grid[1::2]
+    ]
+    return {"grid": [asdict(each) for each in grid], "times": asdict(times), "errors": errors}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -224,6 +269,7 @@ def main() -> None:
         wire = [measure_bytes(tokens) for tokens in (128, 512)]
         merges = [measure_merge(keys, holders) for keys in (1024, 4096, 16384) for holders in (2, 4, 8)]
     moves = [measure_moves(tokens, arguments.context, arguments.pairs) for tokens in MOVED_TOKENS]
+    model = measure_model(steps=9)
     slowdowns = {
         str(each["moved_tokens"]): statistics.median(
             moving / still - 1 for moving, still in zip(each["moving_s"], each["still_s"], strict=True)
@@ -251,7 +297,7 @@ def main() -> None:
     write_result(
         "distkv",
         settings={"context_tokens": arguments.context, "pairs": arguments.pairs, "threads": 1},
-        samples={"merges": merges, "moves": moves},
+        samples={"merges": merges, "moves": moves, "model": model},
         summary={
             "wire": wire,
             "merge_fraction_of_attending": {
@@ -261,6 +307,11 @@ def main() -> None:
                 for each in merges
             },
             "slower_by_moving": {tokens: round(value, 3) for tokens, value in slowdowns.items()},
+            "throughput_model": {
+                "times": model["times"],
+                "median_error_fraction": round(statistics.median(model["errors"]), 3),
+                "worst_error_fraction": round(max(model["errors"]), 3),
+            },
             "larger_models": shapes,
         },
         figures=[merged, moving],

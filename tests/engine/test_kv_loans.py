@@ -9,11 +9,12 @@ import pytest
 import torch
 from span_chain import TINY_BLOCKS, SpanChain, tiny_options
 
-from plait.engine import Partial, PartialAsk, SpanEngine, load_span_engine
-from plait.engine.kv_store import kv_extent_bytes
+from plait.engine import KvLoans, Partial, PartialAsk, SpanEngine, load_span_engine
+from plait.engine.kv_store import KvStore, kv_extent_bytes
 from plait.errors import BlocksLost
 from plait.ids import PeerId
-from plait.kvcache import Granted, LoanTerms
+from plait.kvcache import Granted, KvBlockPool, LoanTerms
+from plait.scheduling import Scheduler, StepLimits, policy_named
 from plait.session import SamplingParams
 
 DEBTOR = PeerId("debtor")
@@ -39,10 +40,23 @@ def engine_of(kv_blocks: int, borrowable_blocks: int = 0, dtype: str = "float32"
     return engine
 
 
+def lender_without_weights(like: SpanEngine, kv_blocks: int) -> KvLoans:
+    """A machine that has memory for KV blocks and no model: what a CPU can do for a GPU."""
+    assert isinstance(like.store, KvStore)
+    store = KvStore(like.spec, like.blocks, kv_blocks, 16, like.store.extents.dtype, "cpu")
+    pool = KvBlockPool(kv_blocks, 16)
+    scheduler = Scheduler(policy_named("paged"), pool, None, StepLimits())
+    return KvLoans(like.spec, scheduler, pool, store, LoanTerms(lendable_blocks=kv_blocks))
+
+
+def loans_of(engines: dict[PeerId, SpanEngine]) -> dict[PeerId, KvLoans]:
+    return {peer: engine.loans for peer, engine in engines.items() if engine.loans is not None}
+
+
 class Neighbours:
     """A debtor and its creditors in one process; what would travel is handed over."""
 
-    def __init__(self, debtor: SpanEngine, creditors: dict[PeerId, SpanEngine]) -> None:
+    def __init__(self, debtor: SpanEngine, creditors: dict[PeerId, KvLoans]) -> None:
         assert debtor.loans is not None
         self.debtor, self.loans, self.creditors = debtor, debtor.loans, creditors
         self.loans.store.remote = self
@@ -62,9 +76,8 @@ class Neighbours:
             creditor = self.creditors.get(share.creditor)
             if creditor is None:
                 raise BlocksLost(f"{share.creditor} is gone", kv_blocks=share.numbers)
-            assert creditor.loans is not None
             try:
-                part = creditor.loans.attend(
+                part = creditor.attend(
                     DEBTOR, share.blocks, share.starts, asked.block, asked.position, asked.query
                 )
             except BlocksLost as lost:
@@ -77,8 +90,7 @@ class Neighbours:
         return self._parts
 
     def borrow(self, peer: PeerId, kv_blocks: int) -> bool:
-        loans = self.creditors[peer].loans
-        assert loans is not None
+        loans = self.creditors[peer]
         answer = loans.book.reserve(DEBTOR, self.number, kv_blocks, 0.0)
         self.number += 1
         if isinstance(answer, Granted):
@@ -93,8 +105,7 @@ class Neighbours:
 
     def start_moves(self, kv_blocks: int) -> None:
         for outgoing in self.loans.start_moves(kv_blocks):
-            loans = self.creditors[outgoing.place.creditor].loans
-            assert loans is not None
+            loans = self.creditors[outgoing.place.creditor]
             self.arriving.append(
                 (outgoing.borrowed, loans.write(DEBTOR, outgoing.place.block, outgoing.content))
             )
@@ -110,22 +121,19 @@ class Neighbours:
     def return_spent(self) -> None:
         for peer, blocks in self.loans.debts.take_spent().items():
             if peer in self.creditors:
-                loans = self.creditors[peer].loans
-                assert loans is not None
+                loans = self.creditors[peer]
                 loans.book.release(DEBTOR, blocks)
 
     def return_all(self) -> None:
         self.finish_moves()
         for peer, blocks in self.loans.debts.give_back(99).items():
             if peer in self.creditors:
-                loans = self.creditors[peer].loans
-                assert loans is not None
+                loans = self.creditors[peer]
                 loans.book.release(DEBTOR, blocks)
 
     def answer_recall(self, peer: PeerId, kv_blocks: int) -> None:
         """The creditor wants blocks back: what fits goes home, the rest is given up and computed again."""
-        loans = self.creditors[peer].loans
-        assert loans is not None
+        loans = self.creditors[peer]
         for recall in loans.book.recall(kv_blocks, 0.0):
             blocks = {block.kv_block: block for block in self.loans.debts.numbers(peer)}
             for kv_block in recall.kv_blocks:
@@ -215,7 +223,7 @@ def check_all_is_home(near: Neighbours, creditors: dict[PeerId, SpanEngine]) -> 
 
 def check_moves(machines, prompt, expected, first: int, every: int, rate: int) -> None:
     debtor, creditors = machines
-    chain, near = SpanChain([debtor]), Neighbours(debtor, dict(creditors))
+    chain, near = SpanChain([debtor]), Neighbours(debtor, loans_of(creditors))
     near.number = next(numbers)
     answer = drive(chain, near, chain.open(prompt, GREEDY), every=every, first=first, rate=rate)
     assert answer == expected["greedy"]
@@ -242,7 +250,7 @@ def test_a_creditor_that_dies_costs_a_recomputation_and_no_token(
     machines, prompt, expected, kill_at: int
 ) -> None:
     debtor, creditors = machines
-    chain, near = SpanChain([debtor]), Neighbours(debtor, dict(creditors))
+    chain, near = SpanChain([debtor]), Neighbours(debtor, loans_of(creditors))
     near.number = next(numbers)
     before = debtor.load().preemptions_total
     answer = drive(chain, near, chain.open(prompt, SEEDED), every=1, first=0, rate=2, kill_at=kill_at)
@@ -257,7 +265,7 @@ def test_a_creditor_that_dies_costs_a_recomputation_and_no_token(
 def test_a_debtor_that_comes_back_after_its_lease_reads_nothing_of_others(machines, prompt, expected) -> None:
     """Its blocks went to somebody else meanwhile: it is refused, loses them, and computes again."""
     debtor, creditors = machines
-    chain, near = SpanChain([debtor]), Neighbours(debtor, dict(creditors))
+    chain, near = SpanChain([debtor]), Neighbours(debtor, loans_of(creditors))
     near.number = next(numbers)
     id = chain.open(prompt, GREEDY)
     asked = chain.asked[id]
@@ -299,7 +307,7 @@ def test_a_creditor_that_wants_its_memory_back_gets_it_and_no_token_changes(
     machines, prompt, expected
 ) -> None:
     debtor, creditors = machines
-    chain, near = SpanChain([debtor]), Neighbours(debtor, dict(creditors))
+    chain, near = SpanChain([debtor]), Neighbours(debtor, loans_of(creditors))
     near.number = next(numbers)
     id = chain.open(prompt, SEEDED)
     asked, steps = chain.asked[id], 0
@@ -331,7 +339,7 @@ def test_two_machines_may_lend_to_each_other(prompt, expected) -> None:
     sides: list[tuple[SpanChain, Neighbours]] = []
     for place, (name, engine) in enumerate(engines.items()):
         others = {peer: other for peer, other in engines.items() if peer != name}
-        near = Neighbours(engine, others)
+        near = Neighbours(engine, loans_of(others))
         near.number = place
         sides.append((SpanChain([engine]), near))
     for (_, near), peer in zip(sides, reversed(engines), strict=True):
@@ -354,4 +362,16 @@ def test_two_machines_may_lend_to_each_other(prompt, expected) -> None:
         chain.close(id)
         near.return_all()
     for _, near in sides:
-        check_all_is_home(near, near.creditors)
+        check_all_is_home(near, engines)
+
+
+def test_a_creditor_needs_no_weights(machines, prompt, expected) -> None:
+    """Memory and the model's shape are enough: it could not compute a token itself."""
+    debtor, _ = machines
+    lender = lender_without_weights(debtor, 12)
+    chain, near = SpanChain([debtor]), Neighbours(debtor, {PeerId("memory"): lender})
+    answer = drive(chain, near, chain.open(prompt, GREEDY), every=1, first=0, rate=2)
+    assert answer == expected["greedy"] and near.moved >= 6
+    near.check()
+    lender.check()
+    assert lender.book.lent_blocks == near.loans.debts.borrowed_blocks == 0

@@ -53,7 +53,9 @@ class InProcess:
 class RunningPlait:
     """A command with its standard output as lines; killed at the end if it still runs."""
 
-    def __init__(self, *arguments: str, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, *arguments: str, environment: Mapping[str, str], deadline_s: float = DEADLINE_S
+    ) -> None:
         self.lines: list[str] = []
         self._process = subprocess.Popen(
             (*COMMAND, *arguments),
@@ -65,7 +67,7 @@ class RunningPlait:
         )
         self._errors: list[str] = []
         self._reader = threading.Thread(target=self._read_errors, daemon=True)
-        self._killer = threading.Timer(DEADLINE_S, self._process.kill)
+        self._killer = threading.Timer(deadline_s, self._process.kill)
 
     def __enter__(self) -> Self:
         self._reader.start()

@@ -21,6 +21,7 @@ workers:
   - {cpus: 0.5, threads: 1, blocks: "3:6"}
 settings: {swarm: {announce_s: 0.5}, log: {level: warning}}
 """
+DEADLINE_S = 280.0  # a Ray and four processes that import torch
 ASKED = {"prompt": "plait is", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
 
 
@@ -73,7 +74,8 @@ class Lab:
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("lab")
     environment = plait_environment(folder)
-    with RunningPlait("up", write(folder, FILE), "--json", environment=environment) as process:
+    arguments = ("up", write(folder, FILE), "--json")
+    with RunningPlait(*arguments, environment=environment, deadline_s=DEADLINE_S) as process:
         yield Lab(process)
 
 
@@ -114,6 +116,7 @@ def test_the_workers_end_with_the_gateway(lab: Lab) -> None:
 @pytest.mark.skipif(not has_ray, reason="Ray is not installed: pip install 'plait[ray]'")
 def test_workers_that_cannot_serve_end_it_with_their_reason(tmp_path: Path) -> None:
     text = FILE.replace('"3:6"', '"3:60"')  # tiny has six
-    with RunningPlait("up", write(tmp_path, text), environment=plait_environment(tmp_path)) as process:
+    arguments, environment = ("up", write(tmp_path, text)), plait_environment(tmp_path)
+    with RunningPlait(*arguments, environment=environment, deadline_s=DEADLINE_S) as process:
         assert process.wait() == 2, process.said
         assert "worker 'lab-3' of the cluster file" in process.errors.splitlines()[-1], process.said

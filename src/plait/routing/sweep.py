@@ -51,7 +51,7 @@ def shortest_path(
     best[graph.entering] = laid.entering
     for stage, hops in zip(graph.stages, laid.stages, strict=True):
         so_far = best[stage.arriving]
-        arriving = np.arange(stage.arriving.start, stage.arriving.stop)
+        arriving: Ints = np.arange(stage.arriving.start, stage.arriving.stop, dtype=np.intp)
         if to_go is not None:
             promising = (so_far + to_go[stage.arriving] <= limit).nonzero()[0]
             if len(promising) == 0:

@@ -45,9 +45,11 @@ class Estimate:
 
 
 def estimate_whole(repeats: Sequence[Repeat], clock: Clock) -> Estimate:
-    """Of whole passes."""
-    chosen = repeats if clock == "cpu" else calmest(repeats)
-    return _middle([repeat.whole_s for repeat in chosen])
+    """Of whole passes. By processor time the lower quartile: neighbours only ever make a pass longer."""
+    if clock == "wall":
+        return _middle([repeat.whole_s for repeat in calmest(repeats)])
+    values = [repeat.whole_s for repeat in repeats]
+    return Estimate(float(np.quantile(values, 0.25)), _middle(values).spread_fraction)
 
 
 def estimate_part(

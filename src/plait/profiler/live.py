@@ -21,6 +21,9 @@ from plait.session import GenerationRequest, SamplingParams
 from plait.workload import LengthMix, LogNormal
 
 _WARM_UP_STEPS = 8
+_MOST_STEPS = 6
+"""For each step that is wanted: on a busy machine many are disturbed."""
+_LONG_S = 0.02
 _CHAT = LengthMix(
     prompt=LogNormal(median_tokens=120, spread=1.0),
     output=LogNormal(median_tokens=24, spread=0.7),
@@ -37,6 +40,11 @@ class LiveStep:
     host_s: float
     interruptions: int
 
+    @property
+    def clean(self) -> bool:
+        """Whether its times are known well: it was not interrupted, or is long beside what surrounds the kernels."""
+        return not self.interruptions or self.device_s >= _LONG_S
+
 
 def run_live(
     span: SpanEngine,
@@ -49,7 +57,9 @@ def run_live(
     rng: np.random.Generator,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[LiveStep, ...]:
-    """Serve random prompts on a loaded whole model until so many steps have run; uses the KV memory of `span`.
+    """Serve random prompts on a loaded whole model until so many clean steps have run; uses the KV memory of `span`.
+
+    Steps that are not clean are left out, unless the machine is so busy that there are hardly others.
 
     Requests come in waves, so that steps with few and many sequences, with prompts and without, all occur. Tokens are
     sampled (greedy choices would repeat themselves), and no answer ends early.
@@ -72,7 +82,8 @@ def run_live(
         seed=0,
     )
     vocabulary, taken, added = tokenizer.vocab_tokens, list[LiveStep](), 0
-    while len(taken) < steps + _WARM_UP_STEPS:
+    clean = 0
+    while clean < steps + _WARM_UP_STEPS and len(taken) < _MOST_STEPS * steps:
         if not engine.has_work or rng.random() < 0.08:
             wave = 1 + int(rng.integers(sequences) * rng.random())
             prompts, outputs = _CHAT.draw(wave, rng, most_total_tokens=span.max_model_tokens - 1)
@@ -97,9 +108,11 @@ def run_live(
                 interruptions=times.interruptions,
             )
         )
+        clean += taken[-1].clean
         if on_progress is not None:
-            on_progress(len(taken), steps + _WARM_UP_STEPS)
-    return tuple(taken[_WARM_UP_STEPS:])
+            on_progress(clean, steps + _WARM_UP_STEPS)
+    kept = [step for step in taken[_WARM_UP_STEPS:] if step.clean]
+    return tuple(kept[:steps] if len(kept) >= steps // 2 else taken[_WARM_UP_STEPS:])
 
 
 def fit_and_judge(

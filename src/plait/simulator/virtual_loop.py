@@ -93,6 +93,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self.events = 0
         self.after_event: Callable[[Process | None], None] | None = None
         self._now_s = 0.0
+        self._buried = False
         self._events_at_once = 0
         self._processes: list[Process] = []
         self._process_of: WeakKeyDictionary[asyncio.Task[Any], Process] = WeakKeyDictionary()
@@ -108,7 +109,11 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return process
 
     def bury(self) -> None:
-        """Let what is left of killed and stopped processes run, so that it can be cancelled: for the very end."""
+        """Let what is left of killed and stopped processes run, so that it can be cancelled: for the very end.
+
+        Tasks are cancelled in no certain order, so what runs from here on is no event any more.
+        """
+        self._buried = True
         for process in self._processes:
             process._release()
 
@@ -154,10 +159,10 @@ class VirtualLoop(asyncio.BaseEventLoop):
             if process is not None and process.stopped:
                 process._hold(handle)
                 continue
-            self.events += 1
+            self.events += not self._buried
             self._events_at_once += 1
             handle._run()
-            if self.after_event is not None:
+            if self.after_event is not None and not self._buried:
                 self.after_event(process)
         if self._events_at_once > MAX_EVENTS_AT_ONCE:
             self._events_at_once = 0

@@ -375,3 +375,47 @@ def test_a_creditor_needs_no_weights(machines, prompt, expected) -> None:
     near.check()
     lender.check()
     assert lender.book.lent_blocks == near.loans.debts.borrowed_blocks == 0
+
+
+def test_who_shared_the_step_of_a_loss_goes_on_as_if_nothing_had_been(machines, prompt, expected) -> None:
+    debtor, creditors = machines
+    chain, near = SpanChain([debtor]), Neighbours(debtor, loans_of(creditors))
+    near.number = next(numbers)
+    alone = SpanChain([creditors[PeerId("c")]])
+    short = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    wanted = alone.run(alone.open(prompt[:5], short)).answer
+    long_id = chain.open(prompt, GREEDY)
+    chain.feed(long_id, 0)
+    while len(chain.asked[long_id].token_ids) < PROMPT + 4 or not debtor.has_work:
+        near.finish_moves()
+        near.borrow_what_is_wanted()
+        near.start_moves(2)
+        if debtor.has_work:
+            chain.step(0)
+        if chain.arrive(0):
+            chain.feed(long_id, len(chain.asked[long_id].token_ids) - 1)
+    near.finish_moves()
+    near.kill(PeerId("b"))
+    short_id = chain.open(prompt[:5], short)
+    chain.feed(short_id, 0)
+    before = debtor.load().preemptions_total
+    for _ in range(500):
+        if all(asked.ended for asked in chain.asked.values()):
+            break
+        near.borrow_what_is_wanted()
+        near.start_moves(2)
+        near.finish_moves()
+        chain.step(0)
+        for id in chain.arrive(0):
+            if not chain.asked[id].ended:
+                chain.feed(id, len(chain.asked[id].token_ids) - 1)
+        near.check()
+    assert debtor.load().preemptions_total > before
+    assert chain.asked[short_id].answer == wanted and chain.asked[long_id].answer == expected["greedy"]
+    for id in (long_id, short_id):
+        chain.close(id)
+    near.return_all()
+    dead = creditors[PeerId("b")].loans
+    assert dead is not None
+    dead.book.expire(1000.0)
+    check_all_is_home(near, creditors)

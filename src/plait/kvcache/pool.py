@@ -106,7 +106,8 @@ class KvBlockPool:
             self._references[kv_block] = left
             if left == 0:
                 if kv_block >= self.kv_blocks:
-                    self.unname([kv_block])
+                    if kv_block in self._index:
+                        self._index.discard(kv_block)
                     self._unheld.append(kv_block)
                 elif kv_block not in self._index:
                     self._blank.append(kv_block)
@@ -167,12 +168,6 @@ class KvBlockPool:
         for number in unheld:
             self._references[number] = 1
         return unheld
-
-    def unname(self, kv_blocks: Iterable[int]) -> None:
-        """Let nobody find these blocks in use any more, as when their content is lost."""
-        for kv_block in kv_blocks:
-            if kv_block in self._index:
-                self._index.discard(kv_block)
 
     def move(self, source: int, target: int) -> None:
         """`target`, held once by the caller, takes the place of `source`: its holders (whose tables the caller

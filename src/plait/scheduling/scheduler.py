@@ -263,7 +263,6 @@ class Scheduler:
         """The content of these borrowed blocks is lost: requests that held any of them begin anew."""
         assert self._step is None
         lost = set(kv_blocks)
-        self._pool.unname(lost)
         victims = [
             request
             for request in self._running

@@ -21,6 +21,7 @@ from plait.costs import (
     formats_of,
 )
 from plait.engine import (
+    Checkpoint,
     EngineOptions,
     Tokenizer,
     computing_format,
@@ -30,11 +31,12 @@ from plait.engine import (
     usable_cores,
 )
 from plait.errors import BadSetup
+from plait.model import ModelSpec
 from plait.profiler.fingerprint import hardware_fingerprint, library_versions
 from plait.profiler.grid import ProfileGrid
 from plait.profiler.live import fit_and_judge, run_live
 from plait.profiler.loopback import measure_loopback
-from plait.profiler.operations import measure_operations
+from plait.profiler.operations import MeasuredOperations, measure_operations
 from plait.profiler.stopwatch import Clock, PassMaker, Stopwatch
 
 _HIDDEN_BYTES = 4
@@ -69,35 +71,20 @@ def profile_model(
     Raises:
         BadSetup: the wish does not fit the model or the machine.
     """
-    threads = options.threads or usable_cores()
-    if wish.clock == "cpu" and (options.device != "cpu" or threads != 1):
-        raise BadSetup(
-            "the clock of processor time needs a CPU and one thread; add --threads 1, or take --clock wall"
-        )
-    if wish.repeats < 1 or wish.live_steps < 20:
-        raise BadSetup("a profile needs at least 1 repeat and 20 steps of the engine")
+    report = on_progress or (lambda stage, done, total: None)
+    options = replace(options, threads=options.threads or usable_cores())
     checkpoint = open_checkpoint(options.folder)
     spec = checkpoint.spec
     blocks = wish.blocks or spec.all_blocks
-    equal_blocks = len(set(spec.blocks)) == 1
-    if blocks.stop != len(spec.blocks) or (blocks != spec.all_blocks and not equal_blocks):
-        raise BadSetup(
-            f"blocks {blocks.start}:{blocks.stop} cannot stand for all {len(spec.blocks)}: take the last ones of a "
-            "model whose blocks are equal, or all"
-        )
-    options = replace(options, threads=threads)
-    weight_format, kv_format = computing_format(options, spec)
-    formats = formats_of(weight_format, kv_format)
-    sizes = read_span_sizes(checkpoint, options)
-    report = on_progress or (lambda stage, done, total: None)
+    _check(wish, options, spec, blocks)
     engine = load_span_engine(options, blocks, on_progress=lambda done, all: report("weights", done, all))
-    rng = np.random.default_rng(wish.seed)
     stopwatch = Stopwatch(engine.decoder, wish.clock)
-    step_tokens = wish.step_tokens
-    if not stopwatch.tells_operations:
-        step_tokens = min(step_tokens, engine.store.kv_blocks)  # a sequence for each token
+    rng = np.random.default_rng(wish.seed)
     grid = ProfileGrid(
-        step_tokens=step_tokens,
+        # Without phases each token is a sequence of its own once.
+        step_tokens=wish.step_tokens
+        if stopwatch.tells_operations
+        else min(wish.step_tokens, engine.store.kv_blocks),
         context_tokens=min(wish.context_tokens, engine.max_model_tokens - 1),
         sequences=wish.sequences,
         kv_blocks=engine.store.kv_blocks,
@@ -113,11 +100,57 @@ def profile_model(
         rng=rng,
         on_progress=lambda done, all: report("operations", done, all),
     )
-    profile = Profile(
+    profile = _profile(options, wish, checkpoint, blocks, measured)
+    if blocks != spec.all_blocks:
+        del engine, stopwatch
+        engine = load_span_engine(
+            options, spec.all_blocks, on_progress=lambda done, all: report("all weights", done, all)
+        )
+        stopwatch = Stopwatch(engine.decoder, wish.clock)
+    steps = run_live(
+        engine,
+        stopwatch,
+        Tokenizer(options.folder, model_vocab_tokens=spec.vocab_tokens),
+        steps=wish.live_steps,
+        step_tokens=min(grid.step_tokens, options.limits.step_tokens),
+        sequences=min(wish.sequences, grid.step_tokens),
+        rng=rng,
+        on_progress=lambda done, all: report("engine", done, all),
+    )
+    host, errors = fit_and_judge(steps, _models(profile, spec))
+    return replace(profile, host=host, errors={**profile.errors, **errors})
+
+
+def _check(wish: ProfileWish, options: EngineOptions, spec: ModelSpec, blocks: range) -> None:
+    if wish.clock == "cpu" and (options.device != "cpu" or options.threads != 1):
+        raise BadSetup(
+            "the clock of processor time needs a CPU and one thread; add --threads 1, or take --clock wall"
+        )
+    if wish.repeats < 1 or wish.live_steps < 20:
+        raise BadSetup("a profile needs at least 1 repeat and 20 steps of the engine")
+    if blocks.stop != len(spec.blocks) or (blocks != spec.all_blocks and not _equal_blocks(spec)):
+        raise BadSetup(
+            f"blocks {blocks.start}:{blocks.stop} cannot stand for all {len(spec.blocks)}: take the last ones of a "
+            "model whose blocks are equal, or all"
+        )
+
+
+def _profile(
+    options: EngineOptions,
+    wish: ProfileWish,
+    checkpoint: Checkpoint,
+    blocks: range,
+    measured: MeasuredOperations,
+) -> Profile:
+    """What is known before the engine has run: the host's part is yet to come."""
+    spec = checkpoint.spec
+    weight_format, kv_format = computing_format(options, spec)
+    sizes = read_span_sizes(checkpoint, options)
+    return Profile(
         format=PROFILE_FORMAT,
         version=PROFILE_VERSION,
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
-        fingerprint=hardware_fingerprint(device=options.device, threads=threads),
+        fingerprint=hardware_fingerprint(device=options.device, threads=options.threads),
         versions=library_versions(),
         model=ProfiledModel(
             name=wish.name,
@@ -125,7 +158,7 @@ def profile_model(
             first_block=blocks.start,
             end_block=blocks.stop,
             model_blocks=len(spec.blocks),
-            equal_blocks=equal_blocks,
+            equal_blocks=_equal_blocks(spec),
             weight_format=weight_format,
             kv_format=kv_format,
         ),
@@ -142,31 +175,23 @@ def profile_model(
         samples=measured.samples,
         errors=measured.errors,
     )
-    if blocks != spec.all_blocks:
-        del engine, stopwatch
-        engine = load_span_engine(
-            options, spec.all_blocks, on_progress=lambda done, all: report("all weights", done, all)
-        )
-        stopwatch = Stopwatch(engine.decoder, wish.clock)
-    steps = run_live(
-        engine,
-        stopwatch,
-        Tokenizer(options.folder, model_vocab_tokens=spec.vocab_tokens),
-        steps=wish.live_steps,
-        step_tokens=min(step_tokens, options.limits.step_tokens),
-        sequences=min(wish.sequences, step_tokens),
-        rng=rng,
-        on_progress=lambda done, all: report("engine", done, all),
+
+
+def _models(profile: Profile, spec: ModelSpec) -> dict[str, CostModel]:
+    """What the engine's steps judge, by name."""
+    formats = formats_of(profile.model.weight_format, profile.model.kv_format)
+    roofline = calibrated_roofline(
+        profile.tables,
+        SpanShape(spec, profile.blocks, formats),
+        NO_OVERHEAD,
+        span=SpanShape(spec, spec.all_blocks, formats),
     )
-    models: dict[str, CostModel] = {
+    return {
         "steps": profile.table_costs(extrapolates=True),
         "steps by regression": profile.regression_costs(),
-        "steps by roofline": calibrated_roofline(
-            measured.tables,
-            SpanShape(spec, blocks, formats),
-            NO_OVERHEAD,
-            span=SpanShape(spec, spec.all_blocks, formats),
-        ),
+        "steps by roofline": roofline,
     }
-    host, errors = fit_and_judge(steps, models)
-    return replace(profile, host=host, errors={**profile.errors, **errors})
+
+
+def _equal_blocks(spec: ModelSpec) -> bool:
+    return len(set(spec.blocks)) == 1

@@ -440,7 +440,7 @@ class SpanWorker:
     def _engine_feed(self, live: _Live, feed: Feed) -> None:
         if self._live.get(live.session.id) is not live:
             return
-        hidden = None if feed.rows is None else torch.from_numpy(feed.rows)
+        hidden = None if feed.rows is None else torch.from_numpy(feed.rows)  # pyright: ignore[reportUnknownMemberType]
         try:
             self.engine.feed(
                 live.session.id,

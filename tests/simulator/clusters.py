@@ -119,7 +119,8 @@ def run_of(
     network: NetworkSpec = NETWORK,
     **options: object,
 ) -> ClusterRun:
-    chosen = RunOptions(seed=seed, wish=wish or RouteWish(), check="event", **options)  # pyright: ignore[reportArgumentType]
+    checks = {"check": "event", **options}
+    chosen = RunOptions(seed=seed, wish=wish or RouteWish(), **checks)  # pyright: ignore[reportArgumentType]
     return ClusterRun(
         machines,
         network,

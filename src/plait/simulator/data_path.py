@@ -218,7 +218,7 @@ class DataPath:
             kept, goes_on = hop.computed, planned[place]
             hop.computed = goes_on
             hop.worker.queued_tokens = max(0, hop.worker.queued_tokens - max(0, hop.known - kept))
-            hop.known = goes_on
+            hop.known, hop.early = goes_on, None
             hop.worker.between_steps(self._rewind, (flight, flight.epoch, hop, goes_on))
             if place + 1 < len(hops):
                 hop.sent = planned[place + 1]
@@ -281,8 +281,15 @@ class DataPath:
         flight, epoch, place, start, count = what
         if epoch == flight.epoch:
             hop = flight.hops[place]
+            if start > hop.known:
+                # Hops behind a replaced one sample the next token while this one still waits for the gateway's message.
+                hop.early = start, count
+                return
             hop.worker.scheduler.extend(flight.id, start, [0] * count)
             hop.known = start + count
+            if hop.early is not None and hop.early[0] == hop.known:
+                (start, count), hop.early = hop.early, None
+                self._feed((flight, epoch, place, start, count))
 
     def _last_hop_sampled(self, flight: Flight, hop: HopProgress) -> None:
         now_ns, name = self._heap.now_ns, hop.worker.name

@@ -12,7 +12,8 @@ from plait.simulator.simulated_worker import SimulatedWorker
 class HopProgress:
     """How far a request is at one hop of its chain, in positions counted from its first token.
 
-    `computed`: have run here. `sent`: their outputs went on to the next hop. `known`: were fed here.
+    `computed`: have run here. `sent`: their outputs went on to the next hop. `known`: were fed here. `early`: start and
+    count of a token that the last hop sent here before all that comes before it was fed.
     """
 
     worker: SimulatedWorker
@@ -20,6 +21,7 @@ class HopProgress:
     computed: int = 0
     sent: int = 0
     opened: bool = False
+    early: tuple[int, int] | None = None
 
 
 @dataclass(slots=True, eq=False)

@@ -16,7 +16,7 @@ from plait.errors import BadSetup
         ({"request_rate": 0.0}, "--request-rate must be positive"),
         ({"burstiness": -1.0}, "--burstiness must be positive"),
         ({"max_concurrency": 0}, "--max-concurrency"),
-        ({"dataset": "sonnet"}, "equal, long-tail, sharegpt-like, uniform, random, trace"),
+        ({"dataset": "sonnet"}, "equal, .*sharegpt-like, .*trace"),
         ({"dataset": "trace"}, "give both or neither"),
         ({"dataset_path": Path("t.jsonl")}, "give both or neither"),
         ({"random_range_ratio": 1.0}, "--random-range-ratio"),

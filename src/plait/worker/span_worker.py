@@ -515,8 +515,9 @@ class SpanWorker:
             if any(live.opening.hops != one.opening.hops for live in lives):
                 return
             until_s = wait_until_s(
-                (live.round for live in lives),
+                [live.round for live in lives],
                 first=one.session.first,
+                hops=len(one.opening.hops),
                 now_s=self._loop.time(),
                 since_s=since_s,
                 step_s=self._small_step_s,

@@ -29,6 +29,8 @@ VERBS = (
     "settings",
     "version",
     "bench",
+    "profile",
+    "simulate",
     "token",
 )
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"

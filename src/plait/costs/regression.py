@@ -141,9 +141,11 @@ def non_negative_least_squares(matrix: Floats, target: Floats) -> Floats:
 
 def _fit(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[float, ...]:
     matrix, target = np.array(rows, dtype=float), np.array(seconds, dtype=float)
-    if len(rows) < matrix.shape[-1]:
+    measurable = target > 0  # what is too short for the clock says nothing of relative errors
+    matrix, target = matrix[measurable], target[measurable]
+    if len(target) < matrix.shape[-1]:
         raise MissingCost(
-            f"{len(rows)} measured steps are too few for {matrix.shape[-1]} coefficients; measure more"
+            f"{len(target)} measured steps are too few for {matrix.shape[-1]} coefficients; measure more"
         )
     matrix = matrix / target[:, None]
     scale = np.maximum(np.abs(matrix).max(axis=0), 1e-300)

@@ -97,6 +97,18 @@ def test_only_the_hop_before_is_listened_to(sender: PeerId) -> None:
     assert kinds(middle.on_step(HOPS[0].peer, step(1, 0, 10), rows(10))) == [Feed]
 
 
+@pytest.mark.parametrize(("index", "lost"), [(0, 1), (1, 2), (2, 0)])
+def test_a_hop_that_cannot_reach_who_gets_its_outputs_says_so(index: int, lost: int) -> None:
+    """The last one's tokens go to the first."""
+    hop = opened(index)
+    for other in range(3):
+        if other != lost:
+            assert hop.on_lost(HOPS[other].peer) == []
+    assert hop.on_lost(HOPS[lost].peer) == [
+        Tell(GATEWAY, Fault(SESSION, 1, HOPS[lost].peer, "unreachable", "the next hop cannot be reached"))
+    ]
+
+
 def test_a_fenced_hop_says_what_it_knows_and_runs_nothing_before_it_is_resumed() -> None:
     middle = opened(1)
     middle.on_step(HOPS[0].peer, step(1, 0, 40, samples=1), rows(40))

@@ -283,9 +283,9 @@ class HopSession:
         return actions + self._take_early_tokens()
 
     def on_lost(self, peer: PeerId) -> list[HopAction]:
-        """A peer cannot be reached any more."""
-        following = self.next_hop
-        if self.held or self._broken or following is None or peer != following.peer:
+        """A peer cannot be reached any more. What comes out of the last hop goes to the first."""
+        following = self.next_hop or self._hops[0]
+        if self.held or self._broken or peer == self._own or peer != following.peer:
             return []
         return self._fault(peer, "unreachable", "the next hop cannot be reached")
 

@@ -29,6 +29,7 @@ class LinearCosts:
 
     per_step_s: float = 0.01
     per_token_s: float = 0.0001
+    per_context_token_s: float = 0.0
     weight_bytes: int = 0
     kv_bytes_per_token: int = 1
     hidden_bytes_per_token: int = 8192
@@ -36,7 +37,10 @@ class LinearCosts:
     extrapolated_steps: int = 0
 
     def step_s(self, work: StepWork) -> float:
-        return self.per_step_s + self.per_token_s * work.features.tokens
+        return self.per_step_s + self.per_token_s * work.features.tokens + self.attention_s(work)
+
+    def attention_s(self, work: StepWork) -> float:
+        return self.per_context_token_s * work.features.context_tokens
 
     def host_s(self, work: StepWork) -> float:
         return 0.0

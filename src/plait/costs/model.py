@@ -46,6 +46,14 @@ class CostModel(Protocol):
         """
         ...
 
+    def attention_s(self, work: StepWork) -> float:
+        """The part of `step_s` that attention takes: what another device does for a sequence whose keys it holds.
+
+        Raises:
+            MissingCost: there is no measurement for it.
+        """
+        ...
+
     def host_s(self, work: StepWork) -> float:
         """Seconds around the pass: scheduling, inputs, sampling, handing out."""
         ...

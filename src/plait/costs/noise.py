@@ -44,6 +44,9 @@ class NoisyCosts:
         drawn = self._log_spread * self._rng.standard_normal() - self._log_spread**2 / 2
         return self._model.step_s(work) * math.exp(drawn)
 
+    def attention_s(self, work: StepWork) -> float:
+        return self._model.attention_s(work)
+
     def host_s(self, work: StepWork) -> float:
         return self._model.host_s(work)
 

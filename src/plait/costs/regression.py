@@ -18,6 +18,7 @@ from plait.costs.work import StepWork
 from plait.errors import MissingCost
 
 FEATURES = ("1", "tokens", "decodes", "context", "chunk*context", "chunk^2")
+_ATTENTION = slice(3, 6)  # of the features: those that count keys
 Floats = NDArray[np.float64]
 
 
@@ -81,6 +82,10 @@ class RegressionCosts:
         terms = zip(self._coefficients, step_features(work), strict=True)
         seconds = self._block_share * sum(factor * value for factor, value in terms)
         return seconds + self._head.at(work.sampled) if self._head and work.sampled else seconds
+
+    def attention_s(self, work: StepWork) -> float:
+        terms = list(zip(self._coefficients, step_features(work), strict=True))
+        return self._block_share * sum(factor * value for factor, value in terms[_ATTENTION])
 
     def host_s(self, work: StepWork) -> float:
         return self._host.of(work)

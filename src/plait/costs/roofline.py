@@ -95,6 +95,9 @@ class RooflineCosts:
     def step_s(self, work: StepWork) -> float:
         return sum(self.operation_s(operation) for operation in self.shape.operations(work))
 
+    def attention_s(self, work: StepWork) -> float:
+        return sum(self.operation_s(operation) for operation in self.shape.attention(work))
+
     def host_s(self, work: StepWork) -> float:
         return self.host.of(work)
 

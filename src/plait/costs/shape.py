@@ -63,6 +63,24 @@ class SpanShape:
         return round(self.model.hidden * ACTIVATION_BYTES[self.formats.activations])
 
     @property
+    def query_bytes_per_token(self) -> int:
+        """What one token sends to each other machine that holds keys of it: its queries, of all blocks of the span."""
+        numbers = sum(count * spec.heads * spec.cached_dim for spec, count in self._attentions())
+        return round(numbers * ACTIVATION_BYTES[self.formats.activations])
+
+    @property
+    def part_bytes_per_token(self) -> int:
+        """What comes back for it: sums of values and two numbers a head, in float32 (`engine/partial.py`)."""
+        numbers = sum(
+            count * spec.heads * ((spec.latent.kv_rank if spec.latent else spec.value_dim) + 2)
+            for spec, count in self._attentions()
+        )
+        return numbers * 4
+
+    def _attentions(self) -> list[tuple[AttentionSpec, int]]:
+        return [(block.attention, count) for block, count in self.kinds()]
+
+    @property
     def embeds(self) -> bool:
         return self.blocks.start == 0
 
@@ -104,6 +122,14 @@ class SpanShape:
                 )
             )
         return tuple(result)
+
+    def attention(self, work: StepWork) -> tuple[OperationWork, ...]:
+        """The attention of a step, which is a part of `operations`."""
+        return tuple(
+            operation
+            for block, count in self.kinds()
+            for operation in self._attention(block.attention, count, work)
+        )
 
     def _attention(self, spec: AttentionSpec, count: int, work: StepWork) -> list[OperationWork]:
         """Of sequences that bring one token, and of those that bring more: devices do the two differently well."""

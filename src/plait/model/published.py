@@ -46,6 +46,10 @@ PUBLISHED_SHAPES: Mapping[str, Mapping[str, object]] = MappingProxyType(
         # Touvron et al. 2023 (LLaMA), table 2, and the released configurations.
         "llama-13b": _llama(5120, 40, 40, 40, 13824, 32000, 2048),
         "llama-65b": _llama(8192, 80, 64, 64, 22016, 32000, 2048),
+        # Touvron et al. 2023 (Llama 2), table 1, and the released configurations.
+        "llama-2-7b": _llama(4096, 32, 32, 32, 11008, 32000, 4096),
+        "llama-2-13b": _llama(5120, 40, 40, 40, 13824, 32000, 4096),
+        "llama-2-70b": _llama(8192, 80, 64, 8, 28672, 32000, 4096),
         # Grattafiori et al. 2024 (Llama 3), table 3.
         "llama-3-8b": _llama(4096, 32, 32, 8, 14336, 128256, 8192),
         "llama-3-70b": _llama(8192, 80, 64, 8, 28672, 128256, 8192),

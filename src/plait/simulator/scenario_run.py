@@ -83,6 +83,9 @@ class LinearCosts:
             + given.per_context_token_s * features.context_tokens
         )
 
+    def attention_s(self, work: StepWork) -> float:
+        return self.given.per_context_token_s * work.features.context_tokens
+
     def host_s(self, work: StepWork) -> float:
         del work
         return self.given.host_s

@@ -8,6 +8,7 @@ reserved.py    policies `static` and `orca`: room for the longest possible answe
 paged.py       policy `paged`: blocks on demand, prompts in chunks, preemption
 policies.py    the policies by name
 idle.py        when a request that has nothing to compute gives way to one that waits
+rounds.py      which sessions of a chain a hop waits for, so that they share steps
 step.py        a decided step, as the runner executes it
 scheduler.py   the owner of all this state: applies what the policy decides
 usage.py       how much of the held memory is useful
@@ -24,17 +25,20 @@ from plait.scheduling.plan import (
 )
 from plait.scheduling.policies import POLICY_NAMES, policy_named
 from plait.scheduling.request import NewRequest, ScheduledRequest, ScheduledSequence
+from plait.scheduling.rounds import SHARED_TOKENS, Round, gather_until_s
 from plait.scheduling.scheduler import Scheduler
 from plait.scheduling.step import ScheduledChunk, ScheduledStep
 from plait.scheduling.usage import KvUsage, SchedulerCounts
 
 __all__ = [
     "POLICY_NAMES",
+    "SHARED_TOKENS",
     "Admission",
     "Grant",
     "KvUsage",
     "NewRequest",
     "Preemption",
+    "Round",
     "ScheduledChunk",
     "ScheduledRequest",
     "ScheduledSequence",
@@ -46,5 +50,6 @@ __all__ = [
     "StepLimits",
     "StepPlan",
     "Victim",
+    "gather_until_s",
     "policy_named",
 ]

@@ -15,8 +15,7 @@ One machine of a swarm:
 swarm_node.py        its place there: membership.py: who else is; weight_exchange.py, weight_folder.py: weights
 member.py            which blocks it serves, when it moves, how it leaves
 span_source.py       the model on this machine: files, sizes, loaded engines; measure.py: how fast they are
-span_worker.py       sessions over its blocks; engine_thread.py runs the steps, outbox.py sends what comes of them,
-                     rounds.py: which sessions it waits for, so that they share a step
+span_worker.py       sessions over its blocks; engine_thread.py runs the steps, outbox.py sends what comes of them
 swarm_engine.py      requests as sessions over the swarm, as `AsyncEngine` serves them; session_driver.py, lookout.py,
                      swarm_model.py are its parts
 swarm_gateway.py     that, a member, and what the gateway's HTTP side asks

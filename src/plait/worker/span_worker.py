@@ -16,7 +16,7 @@ import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -26,6 +26,7 @@ from plait.cluster import PeerLoad, format_blocks
 from plait.engine import Matcher, SampledToken, SpanEngine, SpanOutput, SpanSession
 from plait.errors import BadFrame, BadRequest, EngineFailure, NoCapacity, NotFound, ServingError
 from plait.ids import PeerId, SessionId
+from plait.scheduling import SHARED_TOKENS, Round, gather_until_s
 from plait.session import (
     CutOff,
     Feed,
@@ -62,7 +63,6 @@ from plait.wire import (
 )
 from plait.worker.engine_thread import RunStep
 from plait.worker.outbox import Outbox
-from plait.worker.rounds import SHARED_TOKENS, Round, wait_until_s
 
 log = logging.getLogger(__name__)
 
@@ -98,10 +98,10 @@ class _Live:
     opening: OpenSession
     blocks: range
     heard_s: float
+    round: Round
     stale_step: int = 0
     kept_bytes: int = 0
     orphaned_s: float | None = None  # since when its gateway is gone
-    round: Round = field(default_factory=Round)
 
 
 class SpanWorker:
@@ -312,6 +312,7 @@ class SpanWorker:
             opening=opening,
             blocks=opening.hops[opening.index].blocks,
             heard_s=self._loop.time(),
+            round=Round(chain=opening.hops, first=opening.index == 0),
             stale_step=self._step,
         )
         self._live[opening.session] = live
@@ -507,17 +508,11 @@ class SpanWorker:
                 self._session_failed(id, _fault_code(failure), failure.message)
 
     async def _gather(self) -> None:
-        """Wait for sessions that are about to be here, so that they share the step; see rounds.py."""
+        """Wait for sessions that are about to be here, so that they share the step; see `scheduling/rounds.py`."""
         since_s = self._loop.time()
-        lives = self._live.values()
-        while not self._closing and lives:
-            one = next(iter(lives))
-            if any(live.opening.hops != one.opening.hops for live in lives):
-                return
-            until_s = wait_until_s(
-                [live.round for live in lives],
-                first=one.session.first,
-                hops=len(one.opening.hops),
+        while not self._closing:
+            until_s = gather_until_s(
+                [live.round for live in self._live.values()],
                 now_s=self._loop.time(),
                 since_s=since_s,
                 step_s=self._small_step_s,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from plait.worker.rounds import Round, wait_until_s
+from plait.scheduling.rounds import Round, gather_until_s, wait_until_s
 
 STEP_S = 0.04
 
@@ -145,3 +145,18 @@ def steps_of_two_hops(*, tokens: int, start_s: dict[str, float], waits: bool) ->
             if not left[name]:
                 del at_first_s[name], rounds[name]
     return steps
+
+
+def test_only_few_sessions_over_one_chain_wait_for_each_other() -> None:
+    def until_s(*rounds: Round) -> float | None:
+        return gather_until_s(rounds, now_s=10.0, since_s=10.0, step_s=STEP_S)
+
+    def going(*chain: str, left_s: float | None = None) -> Round:
+        return Round(chain=chain, left_s=left_s, took_s=1.0)
+
+    soon = going("a", "b", left_s=9.03)
+    assert until_s(going("a", "b"), soon) is not None
+    assert until_s(soon) is None
+    assert until_s(going("a", "c"), soon) is None
+    assert until_s(*[going("a", "b")] * 15, soon) is not None
+    assert until_s(*[going("a", "b")] * 16, soon) is None

@@ -12,7 +12,7 @@ steps here followed each other.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 SHARED_TOKENS = 16
@@ -27,8 +27,13 @@ _SLACK = 1.1
 @dataclass(slots=True)
 class Round:
     """A session's way from a hop round the chain and back: when it left, and how long the last one took, which began
-    at `went_s`."""
+    at `went_s`.
 
+    `chain`: its hops, each by whatever tells it from others; `first`: this hop is the first of them.
+    """
+
+    chain: tuple[object, ...] = ()
+    first: bool = True
     left_s: float | None = None
     took_s: float | None = None
     went_s: float | None = None
@@ -48,8 +53,23 @@ class Round:
         return None if self.left_s is None or self.took_s is None else self.left_s + self.took_s
 
 
+def gather_until_s(rounds: Collection[Round], *, now_s: float, since_s: float, step_s: float) -> float | None:
+    """What a hop does whose sessions go these rounds: until when to wait before a step, or None to begin it.
+
+    Only a few sessions that all go the same way are waited for; see `wait_until_s`.
+    """
+    if not 1 < len(rounds) <= SHARED_TOKENS:
+        return None
+    one = next(iter(rounds))
+    if any(each.chain != one.chain for each in rounds):
+        return None
+    return wait_until_s(
+        rounds, first=one.first, hops=len(one.chain), now_s=now_s, since_s=since_s, step_s=step_s
+    )
+
+
 def wait_until_s(
-    rounds: Sequence[Round], *, first: bool, hops: int, now_s: float, since_s: float, step_s: float
+    rounds: Collection[Round], *, first: bool, hops: int, now_s: float, since_s: float, step_s: float
 ) -> float | None:
     """Until when to wait for others before a step that could have begun at `since_s`; None: begin it.
 

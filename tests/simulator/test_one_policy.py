@@ -135,10 +135,11 @@ def test_policies_differ_as_they_do_live() -> None:
 
 def test_who_does_not_know_the_length_of_answers_reserves_more() -> None:
     requests = [TraceRequest(arrival_s=0.01 * n, prompt_tokens=50, output_tokens=50) for n in range(20)]
-    batch: dict[int | None, float] = {}
-    for asked_tokens in (None, 800):
-        run = run_of([machine("one", policy="orca", kv_blocks=60)], requests, asked_tokens=asked_tokens)
+    batch: dict[str, float] = {}
+    for asks in ("answer", "power-of-two", "context"):
+        one = machine("one", policy="orca", kv_blocks=60)
+        run = run_of([one], requests, asks=asks, max_model_tokens=800)
         run.run()
         totals = next(iter(run.workers.values())).totals
-        batch[asked_tokens] = totals.step_sequences / totals.steps
-    assert batch[800] <= 1.0 < 5.0 < batch[None]
+        batch[asks] = totals.step_sequences / totals.steps
+    assert batch["context"] <= 1.0 < 4.0 < batch["power-of-two"] < batch["answer"]

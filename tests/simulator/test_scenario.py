@@ -166,6 +166,29 @@ def test_a_request_beyond_the_context_of_the_model_is_refused(tmp_path: Path) ->
     assert "2048" in next(iter(found["reasons"]))
 
 
+def test_a_model_is_taken_further_than_it_was_made_for_if_the_scenario_says_so(tmp_path: Path) -> None:
+    (tmp_path / "trace.jsonl").write_text('{"arrival_s": 0, "prompt_tokens": 4000, "output_tokens": 90}\n')
+    text = SMALL.replace("requests: 30, lengths: sharegpt-like, rate_per_s: 5", "trace: trace.jsonl")
+    assert report(text, tmp_path)["requests"]["refused"] == 1
+    assert report(f"context_tokens: 4090\n{text}", tmp_path)["requests"]["finished"] == 1
+
+
+def test_what_clients_ask_room_for_is_reserved(tmp_path: Path) -> None:
+    """All at once, 30 requests of 100 and 65 tokens, in a cache of 2,048: so many run side by side as were promised."""
+    line = '{"arrival_s": 0, "prompt_tokens": 100, "output_tokens": 65}\n'
+    (tmp_path / "trace.jsonl").write_text(line * 30)
+    text = """
+model: opt-13b
+machines: [{name: one, linear: {per_step_s: 0.01}, kv_memory: %d, scheduling: orca}]
+workload: {trace: trace.jsonl, asks: %s}
+"""
+    batches = {
+        asks: report(text % (2048 * 2 * 40 * 5120 * 2, asks), tmp_path)["machines"]["one"]["mean_batch"]
+        for asks in ("answer", "power-of-two", "context")
+    }
+    assert batches == pytest.approx({"answer": 10, "power-of-two": 7.5, "context": 1}, rel=0.1)
+
+
 def test_a_published_trace_is_served(tmp_path: Path) -> None:
     lines = ["TIMESTAMP,ContextTokens,GeneratedTokens"]
     lines += [f"2023-11-16 18:15:{second:02d}.0000000,{100 + second},5" for second in range(20)]

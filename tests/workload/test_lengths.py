@@ -11,7 +11,12 @@ COUNT = 100_000
 
 @pytest.mark.parametrize(
     ("name", "prompt_mean", "output_mean"),
-    [("uniform", 272.0, 64.5), ("equal", 272.0, 64.0), ("sharegpt-like", 161.31, 337.99)],
+    [
+        ("uniform", 272.0, 64.5),
+        ("equal", 272.0, 64.0),
+        ("sharegpt-like", 161.31, 337.99),
+        ("alpaca-like", 19.31, 58.45),
+    ],
 )
 def test_a_mix_has_the_means_of_its_source(name: str, prompt_mean: float, output_mean: float) -> None:
     prompts, outputs = length_mix_named(name).draw(COUNT, np.random.default_rng(1))

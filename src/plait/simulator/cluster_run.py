@@ -32,6 +32,7 @@ from plait.workload import PROMPT_BLOCK_TOKENS, TraceRequest
 
 RETRY_S = 1.0
 """As sessions do (`SessionTimes.retry_s`)."""
+Asks = Literal["answer", "power-of-two", "context"]
 _NAMED = 12
 _GROUPS = 10
 _OWN_PROMPT = 2**31  # above all numbers of blocks
@@ -43,17 +44,17 @@ class RunOptions:
 
     `sessions_per_machine`: the gateway gives no machine more at once (None: as many as it takes); who finds no room
     waits at the gateway in order of arrival, for at most `patience_s`. `announce_s`: how often a machine says what it
-    has to do. `max_model_tokens`: longer requests are refused at once. `asked_tokens`: the length that every client
-    asks room for, who does not know how long its answer will be (None: everybody knows). `silence_s`: a machine that
-    is not heard of so long is given up. `check`: walk all books after every event, after every `check_every`-th, or at
-    the end only.
+    has to do. `max_model_tokens`: longer requests are refused at once. `asks`: what clients ask room for, who may know
+    how long their answers will be (`answer`), to the next power of two (`power-of-two`), or not at all, and ask for
+    `max_model_tokens` (`context`): Kwon et al. 2023, section 6.1. `silence_s`: a machine that is not heard of for so
+    long is given up. `check`: walk all books after every event, after every `check_every`-th, or at the end only.
     """
 
     seed: int = 0
     wish: RouteWish = field(default_factory=RouteWish)
     sessions_per_machine: int | None = None
     max_model_tokens: int | None = None
-    asked_tokens: int | None = None
+    asks: Asks = "answer"
     patience_s: float = 120.0
     announce_s: float = 5.0
     silence_s: float = 3.0
@@ -264,7 +265,7 @@ class ClusterRun:
             arrival_ns=self.heap.now_ns,
             prompt=prompt_of(number, request),
             output_tokens=request.output_tokens,
-            max_tokens=self.options.asked_tokens or request.prompt_tokens + request.output_tokens,
+            max_tokens=self._asked_tokens(request),
         )
         self.path.flights[flight.id] = flight
         self.peak_in_flight = max(self.peak_in_flight, len(self.path.flights))
@@ -274,6 +275,16 @@ class ClusterRun:
             self._end(flight, "refused", f"the model takes at most {most} tokens, prompt and answer together")
         else:
             self._route(flight)
+
+    def _asked_tokens(self, request: TraceRequest) -> int:
+        """The length that a client asks room for, prompt included."""
+        asks, most, answer = self.options.asks, self.options.max_model_tokens, request.output_tokens
+        if asks == "context" and most is not None:
+            return most
+        if asks == "power-of-two":
+            answer = 1 << (answer - 1).bit_length()
+        asked = request.prompt_tokens + answer
+        return asked if most is None else min(asked, most)
 
     def _route(self, flight: Flight) -> None:
         """Give a request a chain, or let it wait."""

@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from plait.errors import BadRequest, BadSetup
 from plait.routing import RouteMode
 from plait.scheduling import POLICY_NAMES
+from plait.simulator.cluster_run import Asks
 from plait.simulator.faults_of_run import RunFaultKind
 from plait.units import parse_bytes
 
@@ -122,8 +123,9 @@ class ConversationsPart(_Part):
 
 class WorkloadPart(_Part):
     """Requests of a `trace` file, or `requests` drawn: lengths of a named mix at `rate_per_s` (0: all at once). With
-    `conversations`, that is the rate at which these begin. Clients ask room for their `answer`, or, since they do not
-    know its length, for all of the model's `context`: policies that reserve what is asked feel the difference."""
+    `conversations`, that is the rate at which these begin. Clients ask room for their `answer`, for the
+    next `power-of-two` of it, or, since they do not know its length, for all of the model's `context`: policies that
+    reserve what is asked feel the difference."""
 
     trace: Path | None = None
     format: Literal["plait", "azure", "burstgpt", "mooncake"] = "plait"
@@ -133,7 +135,7 @@ class WorkloadPart(_Part):
     rate_per_s: NotNegative | None = None
     burstiness: Positive = 1.0
     max_request_tokens: int | None = Field(default=None, ge=2)
-    asks: Literal["answer", "context"] = "answer"
+    asks: Asks = "answer"
 
 
 class RoutingPart(_Part):
@@ -181,11 +183,12 @@ class RunPart(_Part):
 
 
 class Scenario(_Part):
-    """All of it."""
+    """All of it. `context_tokens`: how long requests may be, where that is not what the model was made for."""
 
     name: str = ""
     seed: int = Field(default=0, ge=0)
     model: str
+    context_tokens: int | None = Field(default=None, ge=2)
     machines: tuple[MachinePart, ...] = Field(min_length=1)
     network: NetworkPart = NetworkPart()
     workload: WorkloadPart

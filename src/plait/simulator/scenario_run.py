@@ -112,7 +112,7 @@ def run_of_scenario(scenario: Scenario, folder: Path, *, timeline: Timeline | No
         machines,
         _network(scenario),
         model_blocks=len(spec.blocks),
-        options=_options(scenario, spec.max_model_tokens),
+        options=_options(scenario, scenario.context_tokens or spec.max_model_tokens),
         requests=requests,
         faults=_faults(scenario, names, requests[-1].arrival_s),
         timeline=timeline,
@@ -265,7 +265,8 @@ def _network(scenario: Scenario) -> NetworkSpec:
 
 def _requests(scenario: Scenario, spec: ModelSpec, folder: Path) -> tuple[TraceRequest, ...]:
     workload = scenario.workload
-    longest = min(workload.max_request_tokens or spec.max_model_tokens, spec.max_model_tokens)
+    context_tokens = scenario.context_tokens or spec.max_model_tokens
+    longest = min(workload.max_request_tokens or context_tokens, context_tokens)
     if workload.trace is not None:
         file = folder / workload.trace
         try:
@@ -325,7 +326,7 @@ def _options(scenario: Scenario, max_model_tokens: int) -> RunOptions:
         wish=wish,
         sessions_per_machine=run.sessions_per_machine,
         max_model_tokens=max_model_tokens,
-        asked_tokens=max_model_tokens if scenario.workload.asks == "context" else None,
+        asks=scenario.workload.asks,
         patience_s=run.patience_s,
         announce_s=run.announce_s,
         silence_s=run.silence_s,

@@ -142,6 +142,12 @@ LENGTH_MIXES: Mapping[str, LengthMix] = MappingProxyType(
             most_prompt_tokens=1024,
             most_total_tokens=2048,
         ),
+        # Means of Alpaca in the same figure (19.31 and 58.45); the spreads are our choice again.
+        "alpaca-like": LengthMix(
+            prompt=LogNormal(median_tokens=16.1, spread=0.6),
+            output=LogNormal(median_tokens=35.3, spread=1.0),
+            most_total_tokens=2048,
+        ),
         # Quantiles of published traces, counted in their files: Azure's of 2023, Mooncake's of FAST 2025, and the
         # three that APEX was evaluated on.
         "azure-conv": LengthMix(

@@ -13,14 +13,17 @@ class Conditions:
     """One machine's.
 
     `one_way_s`: what this machine's bytes take to each other one; whoever is not named is next to it. A forward pass
-    of t tokens takes `pass_s + row_s * t` for each of its blocks, which includes what it really takes. `passes` is
-    where the machine says how that went.
+    of t tokens takes `pass_s + row_s * t` for each of its blocks, which includes what it really takes; 0 for both: as
+    long as it takes. `passes` is where the machine says how that went. `bytes_per_s`: of each of those links, one way;
+    None is no limit. Attending over blocks that it lent takes this machine `attend_times` as long as it really does.
     """
 
     one_way_s: dict[PeerId, float]
     pass_s: float
     row_s: float
     passes: str
+    bytes_per_s: float | None = None
+    attend_times: float = 1.0
 
     def write(self, file: Path) -> None:
         file.write_text(json.dumps(asdict(self)))

@@ -2,10 +2,11 @@
 
     python slowed.py CONDITIONS join TICKET ...         what follows the file is a command line of plait
 
-Two things are put in the place of others, nothing else is changed: the carrier of `tls` links, whose bytes leave after
-the one-way time to the machine at the other end, in order and without a limit of rate; and a span's decoder, whose
-passes wait, without computing, until they have taken as long as they should. So the machine measures and announces
-rates and round trips, and its sessions flow, as they would where links are that long and processors that slow.
+Three things are put in the place of others, nothing else is changed: the carrier of `tls` links, whose bytes leave
+after the one-way time to the machine at the other end, in order, and no faster than the link's rate if it has one; a
+span's decoder, whose passes wait, without computing, until they have taken as long as they should; and attending over
+lent KV blocks, which waits likewise. So the machine measures and announces rates and round trips, and its sessions
+flow, as they would where links are that long and processors that slow.
 """
 
 import asyncio
@@ -63,31 +64,39 @@ class _Longer(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
         transport.set_protocol(self._protocol)
-        self._protocol.connection_made(DelayLine(transport, self._one_way_s))
+        self._protocol.connection_made(DelayLine(transport, self._way))
 
-    def _one_way_s(self) -> float:
-        peer = self.peer_of()
-        return self._conditions.one_way_s.get(peer, 0.0) if peer is not None else 0.0
+    def _way(self) -> tuple[float, float | None]:
+        peer, given = self.peer_of(), self._conditions
+        if peer is None or peer not in given.one_way_s:
+            return 0.0, None
+        return given.one_way_s[peer], given.bytes_per_s
 
 
 class DelayLine(asyncio.Transport):
-    """A transport on which what is written leaves later, in order; what comes in goes past it."""
+    """A transport on which what is written leaves later, in order; what comes in goes past it.
 
-    def __init__(self, lower: Any, one_way_s: Callable[[], float]) -> None:
+    `way` says how long bytes take, and how many pass in a second (None: any number).
+    """
+
+    def __init__(self, lower: Any, way: Callable[[], tuple[float, float | None]]) -> None:
         super().__init__()
         self._lower = lower
-        self._one_way_s = one_way_s
+        self._way = way
+        self._sent_s = 0.0  # when the last byte so far has been put on the way
         self._waiting: deque[tuple[float, bytes]] = deque()
         self._closing = False
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        one_way_s = self._one_way_s()
-        if not one_way_s and not self._waiting:
+        one_way_s, bytes_per_s = self._way()
+        if not one_way_s and bytes_per_s is None and not self._waiting:
             self._lower.write(data)
             return
-        self._waiting.append((self._loop.time() + one_way_s, bytes(data)))
+        self._sent_s = max(self._sent_s, self._loop.time())
+        self._sent_s += len(data) / bytes_per_s if bytes_per_s is not None else 0.0
+        self._waiting.append((self._sent_s + one_way_s, bytes(data)))
         self._set_timer()
 
     def writelines(self, list_of_data: Iterable[bytes | bytearray | memoryview]) -> None:
@@ -200,7 +209,8 @@ def slowed_main() -> None:
 
     def load_slowed(*arguments: Any, **options: Any) -> Any:
         engine = load(*arguments, **options)
-        engine._decoder = SlowDecoder(engine.decoder, conditions)
+        if conditions.pass_s or conditions.row_s:
+            engine._decoder = SlowDecoder(engine.decoder, conditions)
         return engine
 
     span_source.load_span_engine = load_slowed

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clusters import machine, replicas, run_of, trace
+from clusters import LinearCosts, machine, replicas, run_of, trace
 
 from plait import kvcache, routing, scheduling, simulator
 from plait.kvcache import KvBlockPool
 from plait.routing import Router
-from plait.scheduling import Grant, SchedulerView, StepPlan
+from plait.scheduling import Grant, SchedulerView, StepPlan, rounds
 from plait.scheduling.paged import PagedPolicy
 from plait.simulator import ClusterRun, EventFailed
 from plait.workload import TraceRequest
@@ -112,6 +112,26 @@ def test_a_bug_planted_in_the_live_cache_is_found_by_an_invariant(monkeypatch: p
     monkeypatch.setattr(KvBlockPool, "release", leaky)
     with pytest.raises((EventFailed, AssertionError), match="references"):
         run_of(replicas(1), trace(0, 10, 20.0)).run()
+
+
+def mean_batch_of_two_over_a_chain() -> float:
+    machines = [
+        machine(name, blocks, costs=LinearCosts(0.04, 0.0001))
+        for name, blocks in (("one", range(4)), ("two", range(4, 8)))
+    ]
+    requests = [TraceRequest(arrival_s=at_s, prompt_tokens=20, output_tokens=40) for at_s in (0.0, 0.61)]
+    run = run_of(machines, requests)
+    run.run()
+    totals = next(iter(run.workers.values())).totals
+    return totals.step_sequences / totals.steps
+
+
+def test_a_bug_planted_in_the_live_decision_to_wait_for_sessions_shows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert mean_batch_of_two_over_a_chain() > 1.5
+    monkeypatch.setattr(rounds, "wait_until_s", lambda *args, **kwargs: None)
+    assert mean_batch_of_two_over_a_chain() == 1.0
 
 
 def test_policies_differ_as_they_do_live() -> None:

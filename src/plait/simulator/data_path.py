@@ -11,7 +11,7 @@ from typing import Protocol
 
 from plait.errors import BadRequest, NoCapacity
 from plait.ids import PeerId, RequestId
-from plait.scheduling import NewRequest, ScheduledChunk, ScheduledStep
+from plait.scheduling import NewRequest, Round, ScheduledChunk, ScheduledStep
 from plait.session import plan_resume
 from plait.simulator.event_heap import EventHeap, EventKind
 from plait.simulator.flight import Flight, HopProgress
@@ -126,7 +126,8 @@ class DataPath:
                     token_ids=flight.prompt + [0] * flight.produced if flight.produced else flight.prompt,
                     max_sequence_tokens=flight.max_tokens,
                     namespace=flight.namespace,
-                )
+                ),
+                Round(chain=flight.chain),
             )
         except NoCapacity:
             self.close(flight)
@@ -163,7 +164,7 @@ class DataPath:
             return  # The gateway will give this machine up, and the request goes on elsewhere.
         self._owner.took_token(flight, flight.take_token(arrival_ns))
         if flight.produced == flight.output_tokens:
-            worker.scheduler.finish(flight.id)
+            worker.finish(flight.id)
             worker.sessions -= 1
             flight.hops = []
             self._owner.finished(flight)
@@ -179,7 +180,7 @@ class DataPath:
 
     def _open_all(self, flight: Flight) -> bool:
         """Open the request at those hops that do not have it; False if one is gone or has no room."""
-        for hop in flight.hops:
+        for place, hop in enumerate(flight.hops):
             worker = hop.worker
             if not worker.up:
                 self._owner.lost(flight, worker.peer)
@@ -194,7 +195,8 @@ class DataPath:
                         max_sequence_tokens=flight.max_tokens,
                         priority=flight.number,
                         fed=True,
-                    )
+                    ),
+                    Round(chain=flight.chain, first=place == 0),
                 )
             except NoCapacity:
                 self.close(flight)
@@ -249,6 +251,7 @@ class DataPath:
             hop.computed = end
         if flight.fenced:
             return
+        worker.rounds[flight.id].leave(self._heap.now_s)
         if place + 1 < len(flight.hops):
             if end > hop.sent:
                 self._send_on(flight, place, end)
@@ -275,6 +278,7 @@ class DataPath:
             return
         worker = flight.hops[place].worker
         worker.queued_tokens += count
+        worker.rounds[flight.id].come_back(self._heap.now_s)
         worker.between_steps(self._feed, what)
 
     def _feed(self, what: tuple[Flight, int, int, int, int]) -> None:

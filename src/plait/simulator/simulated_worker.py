@@ -12,8 +12,17 @@ from typing import Any
 from plait.costs import CostModel, StepWork
 from plait.ids import PeerId, RequestId
 from plait.kvcache import KvBlockPool
-from plait.scheduling import NewRequest, ScheduledStep, Scheduler, SchedulingPolicy, StepLimits
-from plait.simulator.event_heap import EventHeap, EventKind
+from plait.scheduling import (
+    SHARED_TOKENS,
+    NewRequest,
+    Round,
+    ScheduledStep,
+    Scheduler,
+    SchedulingPolicy,
+    StepLimits,
+    gather_until_s,
+)
+from plait.simulator.event_heap import NS_PER_S, EventHeap, EventKind, ns_of
 
 _SMOOTHING = 0.1  # of the announced duration of steps, as workers do
 _USAGE_EVERY_STEPS = 16  # walking every block table costs more than a step
@@ -81,6 +90,8 @@ class SimulatedWorker:
         """Sessions that cross it, as announced."""
         self.queued_tokens = 0
         """Tokens of prompts that have arrived and did not run yet, as announced."""
+        self.rounds: dict[RequestId, Round]
+        """How the sessions that it has go round their chains."""
         self.scheduler: Scheduler
         self.pool: KvBlockPool
         self._heap = heap
@@ -89,20 +100,23 @@ class SimulatedWorker:
         self._paused_until_ns = 0
         self._step: ScheduledStep | None = None
         self._step_began_ns = 0
+        self._small_step_s = 0.0  # of those of few tokens
+        self._gathers_since_ns: int | None = None
         self._woken = False
         self._inbox: list[tuple[Callable[[Any], None], Any]] = []
         self._build()
 
     # What comes from outside.
 
-    def submit(self, request: NewRequest) -> None:
-        """Queue a request.
+    def submit(self, request: NewRequest, round: Round) -> None:
+        """Queue a request that will go this round.
 
         Raises:
             BadRequest: it can never run here.
             NoCapacity: the queue is full.
         """
         self.scheduler.submit(request)
+        self.rounds[request.id] = round
         self.wake()
 
     def between_steps(self, action: Callable[[Any], None], what: Any) -> None:
@@ -116,7 +130,13 @@ class SimulatedWorker:
     def forget(self, request_id: RequestId) -> None:
         """Free all that a request holds here; an unknown one is fine."""
         self.scheduler.cancel(request_id)
+        self.rounds.pop(request_id, None)
         self.wake()
+
+    def finish(self, request_id: RequestId) -> None:
+        """It has run to its end, between two steps."""
+        self.scheduler.finish(request_id)
+        del self.rounds[request_id]
 
     def wake(self) -> None:
         """Something may have changed: decide on a step, once all that happens at this instant has happened."""
@@ -138,7 +158,7 @@ class SimulatedWorker:
         self.up = False
         self.totals.crashes += 1
         self._life += 1
-        self._step, self._woken = None, False
+        self._step, self._woken, self._gathers_since_ns = None, False, None
         self.queued_tokens = 0
         self._inbox.clear()
 
@@ -164,14 +184,17 @@ class SimulatedWorker:
         host_pool = KvBlockPool(spec.host_kv_blocks, spec.block_tokens) if spec.host_kv_blocks else None
         self.pool = KvBlockPool(spec.kv_blocks, spec.block_tokens)
         self.scheduler = Scheduler(spec.policy, self.pool, host_pool, spec.limits)
+        self.rounds = {}
 
     def _begin(self, life: int) -> None:
-        if life != self._life:
+        if life != self._life or self._step is not None:
             return
         if self._paused_until_ns > self._heap.now_ns:
             self._heap.at(self._paused_until_ns, EventKind.SCHEDULE, self.name, self._begin, life)
             return
         self._woken = False
+        if self._gathers():
+            return
         step = self.scheduler.schedule()
         while not step.chunks and (step.admitted or step.preempted):
             self.scheduler.complete(step)
@@ -191,6 +214,9 @@ class SimulatedWorker:
         costs, totals = self.spec.costs, self.totals
         step_s = (costs.step_s(work) + costs.host_s(work)) * self.slowness
         self.step_s += (step_s - self.step_s) * (_SMOOTHING if self.step_s else 1.0)
+        if work.features.tokens <= SHARED_TOKENS:
+            smoothing = _SMOOTHING if self._small_step_s else 1.0
+            self._small_step_s += (step_s - self._small_step_s) * smoothing
         totals.steps += 1
         totals.step_tokens += work.features.tokens
         totals.step_sequences += len(new_tokens)
@@ -198,6 +224,23 @@ class SimulatedWorker:
         if totals.steps % _USAGE_EVERY_STEPS == 0:
             self._sample_usage()
         self._heap.after(step_s, EventKind.DONE, self.name, self._done, life)
+
+    def _gathers(self) -> bool:
+        """Whether a step waits for sessions that are about to be here, as `SpanWorker` does."""
+        heap, rounds = self._heap, self.rounds.values()
+        until_s = None
+        # A request on one machine never leaves it.
+        if self.queued_tokens and len(rounds) > 1 and len(next(iter(rounds)).chain) > 1:
+            if self._gathers_since_ns is None:
+                self._gathers_since_ns = heap.now_ns
+            since_s = self._gathers_since_ns / NS_PER_S
+            until_s = gather_until_s(rounds, now_s=heap.now_s, since_s=since_s, step_s=self._small_step_s)
+        if until_s is None:
+            self._gathers_since_ns = None
+            return False
+        at_ns = max(ns_of(until_s), heap.now_ns + 1)
+        heap.at(at_ns, EventKind.SCHEDULE, self.name, self._begin, self._life)
+        return True
 
     def _done(self, life: int) -> None:
         if life != self._life:

@@ -286,7 +286,7 @@ def test_the_greedy_plan_is_near_the_best_of_all() -> None:
         for debtors, creditors, seeds in ((1, 1, 40), (1, 2, 20), (2, 1, 40), (2, 2, 3))
         for seed in range(seeds)
     ]
-    assert np.median(fractions) > 0.97 and min(fractions) > 0.75
+    assert np.median(fractions) > 0.99 and min(fractions) > 0.97
 
 
 def test_the_best_move_is_the_best_of_all_amounts() -> None:

@@ -87,6 +87,8 @@ class Engine:
         self._live: dict[RequestId, LiveRequest] = {}
         self._captures: dict[RequestId, list[torch.Tensor]] = {}
         self._failures: list[tuple[RequestId, ServingError]] = []
+        self.on_step: Callable[[ScheduledStep, float], None] | None = None
+        """Told of each forward pass once its tokens are out: what ran, and when it began by the engine's clock."""
         self._step: ScheduledStep | None = None
         """The step in flight: set between the scheduler's decision and its completion."""
         self._added = 0
@@ -189,7 +191,10 @@ class Engine:
             self._steps += 1
             self._step_tokens += step.tokens
             gained = self._take_logits(step.chunks, chunks, logits)
-        return self._deltas(gained)
+        deltas = self._deltas(gained)
+        if self.on_step is not None:
+            self.on_step(step, now_s)
+        return deltas
 
     def prompt_logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Logits of every position of a prompt, float32 [tokens, vocab], through the same paged path.

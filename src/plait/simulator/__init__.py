@@ -13,6 +13,7 @@ The live system's decisions on a heap of events, for policies and capacity:
   simulated_gateway.py   the live router, and what the machines announce
   simulated_network.py   links; data_path.py: how requests (flight.py) flow over machines
   faults_of_run.py       what breaks when; cluster_faults.py: carries it out
+  replay.py              a recorded live run again, with the times that its steps took
   outcomes.py            what became of requests; report.py: that in numbers; timeline.py: as a Chrome trace
   scenario.py            all of it from a YAML file (scenario_run.py builds the run); scenarios/: examples
 """
@@ -22,6 +23,16 @@ from plait.simulator.event_heap import EventFailed, EventHeap, EventKind
 from plait.simulator.faults_of_run import FAULT_KINDS, FaultRate, RunFault, draw_faults
 from plait.simulator.outcomes import Outcomes
 from plait.simulator.random_streams import stream
+from plait.simulator.replay import (
+    Decision,
+    DecisionLog,
+    RecordedRequest,
+    RecordedStep,
+    Replayed,
+    decision_of,
+    replay,
+    work_of,
+)
 from plait.simulator.report import attained, latency_samples, report_of
 from plait.simulator.scenario import Scenario, load_scenario, parse_scenario
 from plait.simulator.scenario_run import objectives_of, run_of_scenario
@@ -34,6 +45,8 @@ __all__ = [
     "FAULT_KINDS",
     "ClusterRun",
     "Deadlock",
+    "Decision",
+    "DecisionLog",
     "EventFailed",
     "EventHeap",
     "EventKind",
@@ -44,6 +57,9 @@ __all__ = [
     "NetworkSpec",
     "Outcomes",
     "Process",
+    "RecordedRequest",
+    "RecordedStep",
+    "Replayed",
     "RunFault",
     "RunOptions",
     "Scenario",
@@ -51,13 +67,16 @@ __all__ = [
     "Timeline",
     "VirtualLoop",
     "attained",
+    "decision_of",
     "draw_faults",
     "latency_samples",
     "load_scenario",
     "objectives_of",
     "parse_scenario",
+    "replay",
     "report_of",
     "run_of_scenario",
     "run_virtual",
     "stream",
+    "work_of",
 ]

@@ -1,5 +1,8 @@
 """The block pool against a model that keeps everything in plain lists and a trie of full blocks."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -142,3 +145,53 @@ def test_check_finds_a_leak_and_a_double_holder() -> None:
         pool.check([table, table])
     with pytest.raises(AssertionError, match="released more often"):
         pool.release(table * 2)
+
+
+def _free_twice(pool: Any) -> None:
+    pool._blank.append(pool._blank[0])
+
+
+def _lose_a_free_block(pool: Any) -> None:
+    pool._blank.pop()
+
+
+def _hold_once_more(pool: Any) -> None:
+    pool._references[pool._blank[0]] += 1
+
+
+def _free_what_is_held(pool: Any) -> None:
+    pool._blank.append(pool._references.index(1))
+
+
+def _cache_what_is_blank(pool: Any) -> None:
+    pool._cached[pool._blank.pop()] = None
+
+
+def _name_what_is_blank(pool: Any) -> None:
+    pool._index.add(pool._blank[0], b"name")
+
+
+def _free_what_does_not_exist(pool: Any) -> None:
+    pool._blank[0] = 64
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _free_twice,
+        _lose_a_free_block,
+        _hold_once_more,
+        _free_what_is_held,
+        _cache_what_is_blank,
+        _name_what_is_blank,
+        _free_what_does_not_exist,
+    ],
+    ids=lambda damage: damage.__name__,
+)
+def test_books_that_do_not_add_up_are_found(damage: Callable[[Any], None]) -> None:
+    pool = KvBlockPool(64, 4)
+    tables = [pool.allocate(5), pool.allocate(3)]
+    pool.check(tables)
+    damage(pool)
+    with pytest.raises(AssertionError):
+        pool.check(tables)

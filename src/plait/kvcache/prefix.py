@@ -8,7 +8,7 @@ that names can travel between machines. After vLLM's automatic prefix caching.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import KeysView, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -64,6 +64,10 @@ class PrefixIndex:
 
     def __contains__(self, kv_block: int) -> bool:
         return kv_block in self._key_of_block
+
+    def blocks(self) -> KeysView[int]:
+        """All blocks that have a name."""
+        return self._key_of_block.keys()
 
     def get(self, key: bytes) -> int | None:
         """The block that holds this content, if there is one."""

@@ -136,3 +136,15 @@ def test_a_table_that_does_not_ascend_is_refused() -> None:
 def test_tables_need_what_every_token_passes() -> None:
     with pytest.raises(MissingCost, match="every token passes"):
         tables_of([replace(SAMPLES[0], operation="head")], 1)
+
+
+def test_a_regression_answers_beyond_what_was_measured_and_counts_it() -> None:
+    costs = PROFILE.regression_costs()
+    within, beyond = StepWork.of([(1, 50), (4, 0)], sampled=1), StepWork.of([(1, 200), (4, 0)], sampled=1)
+    assert costs.step_s(within) < costs.step_s(beyond)
+    assert costs.extrapolated_steps == 1
+    costs.energy_j(beyond)
+    assert costs.extrapolated_steps == 1
+    first = PROFILE.regression_costs(range(3))
+    first.step_s(StepWork.of([(2, 0)] * 2, sampled=9))  # the head is another span's
+    assert first.extrapolated_steps == 0

@@ -45,6 +45,9 @@ class LinearCosts:
     def host_s(self, work: StepWork) -> float:
         return 0.0
 
+    def ideal(self, work: StepWork) -> None:
+        return None
+
     def energy_j(self, work: StepWork) -> float:
         return 1.0
 

@@ -29,6 +29,10 @@ def simulate(
         str | None,
         typer.Option("--check", help="Walk all books after every event, some of them, or at the end."),
     ] = None,
+    force_profile: Annotated[
+        bool,
+        typer.Option("--force-profile", help="Take profiles of other machines than this one at their word."),
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Run a scenario: cluster, model, workload, policies and faults in, the words of serving out.
@@ -45,6 +49,9 @@ def simulate(
         if check not in ("event", "some", "end"):
             raise BadSetup(f"--check takes event, some or end, not {check!r}")
         read = read.model_copy(update={"run": read.run.model_copy(update={"check": check})})
+    if force_profile:
+        forced = tuple(part.model_copy(update={"force_profile": True}) for part in read.machines)
+        read = read.model_copy(update={"machines": forced})
     timeline = simulator.Timeline() if trace is not None else None
     run = simulator.run_of_scenario(read, file.parent, timeline=timeline)
     run.run(until_event=until_event)
@@ -119,12 +126,13 @@ def _print_report(report: dict[str, Any]) -> None:
     print_table(["latency", *columns, "max"], rows)
     say()
     print_table(
-        ["machine", "busy", "batch", "preempted", "KV held", "KV useful", "cache hits"],
+        ["machine", "busy", "batch", "MFU", "MBU", "preempted", "KV held", "KV useful", "cache hits"],
         [
             [
                 name,
                 f"{machine['busy_fraction']:.0%}",
                 f"{machine['mean_batch']:.1f}",
+                *(_share(machine[each]) for each in ("mfu_fraction", "mbu_fraction")),
                 str(machine["preemptions"]),
                 f"{machine['held_kv_fraction']:.0%}",
                 f"{machine['useful_kv_fraction']:.0%}",
@@ -133,6 +141,10 @@ def _print_report(report: dict[str, Any]) -> None:
             for name, machine in report["machines"].items()
         ],
     )
+
+
+def _share(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{fraction:.0%}"
 
 
 def _objectives(limits: dict[str, float]) -> str:

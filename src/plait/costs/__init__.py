@@ -4,8 +4,9 @@ work.py       the work of one forward pass
 model.py      `CostModel`, the interface that every model has, and the host's part of a step
 shape.py      operations, weights and cache of a span, counted from the model; formats.py: the bytes of its numbers
 roofline.py   a `CostModel` of peaks and efficiencies: published ones (devices.py), measured ones (calibration.py)
+collectives.py what several devices in one machine pay to compute together: interconnects with published figures
 tables.py     a `CostModel` of tables of measured operations; blend.py: curves and grids
-regression.py a `CostModel` of six coefficients
+regression.py a `CostModel` of six coefficients; measured.py: what it shares with tables
 noise.py      any of them, with the scatter that was measured; accuracy.py: how far predictions are off
 profile.py    a machine's measurements as a file
 energy.py     watts to joules
@@ -15,6 +16,7 @@ links.py      links that flows share
 from plait.costs.accuracy import PredictionErrors, prediction_errors
 from plait.costs.blend import Curve, Grid
 from plait.costs.calibration import calibrated_roofline
+from plait.costs.collectives import INTERCONNECTS, Interconnect, collectives_s, interconnect_named
 from plait.costs.devices import DEVICES, Device, device_named
 from plait.costs.energy import PowerDraw
 from plait.costs.formats import Formats, formats_of
@@ -33,7 +35,8 @@ from plait.costs.links import (
     start_flow,
     stop_flow,
 )
-from plait.costs.model import NO_OVERHEAD, CostModel, HostOverhead
+from plait.costs.measured import Domain, SpanFacts
+from plait.costs.model import NO_OVERHEAD, CostModel, HostOverhead, IdealSeconds
 from plait.costs.noise import NoisyCosts
 from plait.costs.profile import (
     MAX_PROFILE_BYTES,
@@ -57,12 +60,13 @@ from plait.costs.regression import (
 )
 from plait.costs.roofline import ASSUMED, PERFECT, Efficiency, RooflineCosts
 from plait.costs.shape import OperationWork, SpanShape
-from plait.costs.tables import OperationTables, SpanFacts, TableCosts
+from plait.costs.tables import OperationTables, TableCosts
 from plait.costs.work import StepFeatures, StepWork
 
 __all__ = [
     "ASSUMED",
     "DEVICES",
+    "INTERCONNECTS",
     "MAX_PROFILE_BYTES",
     "NO_OVERHEAD",
     "PERFECT",
@@ -71,12 +75,15 @@ __all__ = [
     "CostModel",
     "Curve",
     "Device",
+    "Domain",
     "Efficiency",
     "Flow",
     "FluidState",
     "Formats",
     "Grid",
     "HostOverhead",
+    "IdealSeconds",
+    "Interconnect",
     "Links",
     "NoisyCosts",
     "Operation",
@@ -99,12 +106,14 @@ __all__ = [
     "calibrated_roofline",
     "change_links",
     "check_fingerprint",
+    "collectives_s",
     "device_named",
     "fair_rates",
     "fit_host",
     "fit_steps",
     "format_profile",
     "formats_of",
+    "interconnect_named",
     "next_end_s",
     "non_negative_least_squares",
     "parse_profile",

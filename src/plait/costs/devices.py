@@ -14,7 +14,10 @@ from plait.errors import BadSetup
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """Peaks of one device. `flops_per_s` are multiplications and additions counted apart, by the format multiplied."""
+    """Peaks of one device. `flops_per_s` are multiplications and additions counted apart, by the format multiplied.
+
+    `interconnect` joins several of them in the machines they are sold in (`collectives.py`); None: nothing does.
+    """
 
     name: str
     flops_per_s: Mapping[str, float]
@@ -22,6 +25,7 @@ class Device:
     memory_bytes: int
     power: PowerDraw
     source: str
+    interconnect: str | None = None
 
 
 def _device(
@@ -33,6 +37,7 @@ def _device(
     idle_watts: float,
     board_watts: float,
     source: str,
+    interconnect: str | None = None,
 ) -> Device:
     return Device(
         name=name,
@@ -41,6 +46,7 @@ def _device(
         memory_bytes=round(gb * 1e9),
         power=PowerDraw(idle_watts=idle_watts, busy_watts=board_watts),
         source=source,
+        interconnect=interconnect,
     )
 
 
@@ -55,6 +61,7 @@ _PUBLISHED = (
         idle_watts=75,
         board_watts=700,
         source="NVIDIA H200 Tensor Core GPU data sheet (SXM), 2024",
+        interconnect="nvlink4",
     ),
     _device(
         "h100",
@@ -64,6 +71,7 @@ _PUBLISHED = (
         idle_watts=70,
         board_watts=700,
         source="NVIDIA H100 Tensor Core GPU data sheet (SXM5), 2023",
+        interconnect="nvlink4",
     ),
     _device(
         "a100-80gb",
@@ -73,6 +81,7 @@ _PUBLISHED = (
         idle_watts=55,
         board_watts=400,
         source="NVIDIA A100 Tensor Core GPU data sheet (80 GB SXM), 2021",
+        interconnect="nvlink3",
     ),
     _device(
         "a100-40gb",
@@ -82,6 +91,7 @@ _PUBLISHED = (
         idle_watts=50,
         board_watts=400,
         source="NVIDIA A100 Tensor Core GPU data sheet (40 GB SXM), 2020",
+        interconnect="nvlink3",
     ),
     _device(
         "a10",
@@ -91,6 +101,7 @@ _PUBLISHED = (
         idle_watts=20,
         board_watts=150,
         source="NVIDIA A10 Tensor Core GPU data sheet, 2021",
+        interconnect="pcie4",
     ),
     _device(
         "l40s",
@@ -100,6 +111,7 @@ _PUBLISHED = (
         idle_watts=35,
         board_watts=350,
         source="NVIDIA L40S GPU data sheet, 2023",
+        interconnect="pcie4",
     ),
     _device(
         "l4",
@@ -109,6 +121,7 @@ _PUBLISHED = (
         idle_watts=15,
         board_watts=72,
         source="NVIDIA L4 Tensor Core GPU data sheet, 2023",
+        interconnect="pcie4",
     ),
     _device(
         # No bf16: fp16 has the same peak on Turing and is what models run in there.
@@ -119,6 +132,7 @@ _PUBLISHED = (
         idle_watts=10,
         board_watts=70,
         source="NVIDIA T4 Tensor Core GPU data sheet, 2019 (320 GB/s; 'bf16' stands for fp16)",
+        interconnect="pcie3",
     ),
     _device(
         "v100",
@@ -128,6 +142,7 @@ _PUBLISHED = (
         idle_watts=40,
         board_watts=300,
         source="NVIDIA V100 Tensor Core GPU data sheet (SXM2 32 GB), 2020 ('bf16' stands for fp16)",
+        interconnect="nvlink2",
     ),
     _device(
         "rtx4090",
@@ -137,6 +152,7 @@ _PUBLISHED = (
         idle_watts=20,
         board_watts=450,
         source="NVIDIA Ada GPU Architecture white paper v2.02, appendix A (fp32 accumulation)",
+        interconnect="pcie4",
     ),
     _device(
         "rtx3090",
@@ -146,6 +162,7 @@ _PUBLISHED = (
         idle_watts=20,
         board_watts=350,
         source="NVIDIA Ampere GA102 GPU Architecture white paper v2.0, appendix A (fp32 accumulation)",
+        interconnect="pcie4",
     ),
     _device(
         "m2",

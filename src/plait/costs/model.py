@@ -6,6 +6,17 @@ from typing import Protocol
 from plait.costs.work import StepWork
 
 
+@dataclass(frozen=True, slots=True)
+class IdealSeconds:
+    """How long a step would take if only its arithmetic, or only its memory traffic, took time, at the device's peaks.
+
+    Over the seconds that it took, they are MFU and MBU.
+    """
+
+    compute_s: float
+    memory_s: float
+
+
 class CostModel(Protocol):
     """Estimated costs of running one span of a model's blocks on one device.
 
@@ -56,6 +67,10 @@ class CostModel(Protocol):
 
     def host_s(self, work: StepWork) -> float:
         """Seconds around the pass: scheduling, inputs, sampling, handing out."""
+        ...
+
+    def ideal(self, work: StepWork) -> IdealSeconds | None:
+        """The least that the pass could take; None where the device's peaks are not known."""
         ...
 
     def energy_j(self, work: StepWork) -> float:

@@ -4,7 +4,7 @@ import math
 
 from numpy.random import Generator
 
-from plait.costs.model import CostModel
+from plait.costs.model import CostModel, IdealSeconds
 from plait.costs.work import StepWork
 
 
@@ -49,6 +49,9 @@ class NoisyCosts:
 
     def host_s(self, work: StepWork) -> float:
         return self._model.host_s(work)
+
+    def ideal(self, work: StepWork) -> IdealSeconds | None:
+        return self._model.ideal(work)
 
     def energy_j(self, work: StepWork) -> float:
         return self._model.energy_j(work)

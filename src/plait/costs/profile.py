@@ -13,9 +13,10 @@ import msgspec
 from plait.costs.accuracy import PredictionErrors
 from plait.costs.blend import Curve, Grid
 from plait.costs.links import SharedLink
+from plait.costs.measured import SpanFacts
 from plait.costs.model import HostOverhead
 from plait.costs.regression import RegressionCosts
-from plait.costs.tables import OperationTables, SpanFacts, TableCosts
+from plait.costs.tables import OperationTables, TableCosts
 from plait.errors import BadSetup, MissingCost
 
 PROFILE_FORMAT = "plait-profile"
@@ -123,6 +124,7 @@ class Profile:
             self.host,
             block_share=len(span) / len(self.blocks),
             head=self.tables.head if self._decides(span) else None,
+            domain=self.tables.domain(decides=self._decides(span)),
         )
 
     def _span(self, blocks: range | None) -> range:
@@ -186,7 +188,7 @@ def check_fingerprint(profile: Profile, here: Mapping[str, str], *, force: bool 
     if differing and not force:
         raise BadSetup(
             f"the profile of {profile.model.name!r} was measured on another machine ({'; '.join(differing)}); "
-            "measure here with plait profile, or say that the difference does not matter"
+            "measure here with plait profile, or insist: --force-profile, or force_profile: true in a scenario"
         )
 
 

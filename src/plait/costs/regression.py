@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plait.costs.blend import Curve
+from plait.costs.measured import Domain, MeasuredCosts, SpanFacts
 from plait.costs.model import HostOverhead
-from plait.costs.tables import SpanFacts
 from plait.costs.work import StepWork
 from plait.errors import MissingCost
 
@@ -35,10 +35,11 @@ def step_features(work: StepWork) -> tuple[float, ...]:
     )
 
 
-class RegressionCosts:
+class RegressionCosts(MeasuredCosts):
     """The `CostModel` of a span, from six coefficients in the order of `FEATURES`.
 
-    They leave the head out, which is a curve over sampled rows; None for a span without it.
+    They leave the head out, which is a curve over sampled rows; None for a span without it. Work outside of `domain`
+    (None: nothing is) is answered like any other, and counted.
     """
 
     def __init__(
@@ -49,49 +50,30 @@ class RegressionCosts:
         *,
         block_share: float = 1.0,
         head: Curve | None = None,
+        domain: Domain | None = None,
     ) -> None:
         if len(coefficients) != len(FEATURES):
             raise MissingCost(f"a regression has {len(FEATURES)} coefficients, not {len(coefficients)}")
+        super().__init__(facts, host, block_share=block_share)
         self._coefficients = tuple(coefficients)
-        self._facts = facts
-        self._host = host
-        self._block_share = block_share
         self._head = head
-
-    @property
-    def weight_bytes(self) -> int:
-        return self._facts.weight_bytes
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        return self._facts.kv_bytes_per_token
-
-    @property
-    def hidden_bytes_per_token(self) -> int:
-        return self._facts.hidden_bytes_per_token
-
-    @property
-    def idle_watts(self) -> float:
-        return self._facts.power.idle_watts
-
-    @property
-    def extrapolated_steps(self) -> int:
-        return 0
+        self._domain = domain
 
     def step_s(self, work: StepWork) -> float:
-        terms = zip(self._coefficients, step_features(work), strict=True)
-        seconds = self._block_share * sum(factor * value for factor, value in terms)
-        return seconds + self._head.at(work.sampled) if self._head and work.sampled else seconds
+        self._extrapolated += self._domain is not None and self._domain.beyond(work) is not None
+        return self._seconds(work)
 
     def attention_s(self, work: StepWork) -> float:
         terms = list(zip(self._coefficients, step_features(work), strict=True))
         return self._block_share * sum(factor * value for factor, value in terms[_ATTENTION])
 
-    def host_s(self, work: StepWork) -> float:
-        return self._host.of(work)
-
     def energy_j(self, work: StepWork) -> float:
-        return self._facts.power.step_j(self.step_s(work))
+        return self._facts.power.step_j(self._seconds(work))
+
+    def _seconds(self, work: StepWork) -> float:
+        terms = zip(self._coefficients, step_features(work), strict=True)
+        seconds = self._block_share * sum(factor * value for factor, value in terms)
+        return seconds + self._head.at(work.sampled) if self._head and work.sampled else seconds
 
 
 def fit_steps(works: Sequence[StepWork], seconds: Sequence[float]) -> tuple[float, ...]:

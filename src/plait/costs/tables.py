@@ -12,10 +12,10 @@ linear in chunk and context, so they are what is blended; its seconds would be q
 costs its share of the blocks that were measured (the "block copy" of LLMServingSim 2.0, section 2.2).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from plait.costs.blend import Curve, Grid
-from plait.costs.energy import PowerDraw
+from plait.costs.measured import Domain, MeasuredCosts, SpanFacts
 from plait.costs.model import HostOverhead
 from plait.costs.work import StepFeatures, StepWork
 from plait.errors import MissingCost, OutsideDomain
@@ -34,18 +34,20 @@ class OperationTables:
     decode: Grid | None
     most_context_tokens: int
 
+    def domain(self, *, decides: bool) -> Domain:
+        """The largest work that was measured; of the head only for a span that `decides`."""
+        return Domain(
+            tokens=self.dense.last,
+            context_tokens=self.most_context_tokens,
+            sampled=self.head.last if self.head and decides else None,
+            decodes=self.decode.last_row if self.decode else None,
+            longest_context_tokens=max(
+                (grid.last_place for grid in (self.prefill, self.decode) if grid), default=0.0
+            ),
+        )
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpanFacts:
-    """What is known of a span without measuring: its memory, and what its device draws."""
 
-    weight_bytes: int
-    kv_bytes_per_token: int
-    hidden_bytes_per_token: int
-    power: PowerDraw = field(default_factory=PowerDraw)
-
-
-class TableCosts:
+class TableCosts(MeasuredCosts):
     """The `CostModel` of a span, from tables; the answers add up over the spans of a model.
 
     `block_share`: the span's blocks over those of the tables. `decides`: whether the head is the span's. With
@@ -62,40 +64,15 @@ class TableCosts:
         decides: bool = True,
         extrapolates: bool = False,
     ) -> None:
+        super().__init__(facts, host, block_share=block_share)
         self._tables = tables
-        self._facts = facts
-        self._host = host
-        self._block_share = block_share
+        self._domain = tables.domain(decides=decides)
         self._decides = decides
         self._extrapolates = extrapolates
-        self._extrapolated = 0
-
-    @property
-    def weight_bytes(self) -> int:
-        return self._facts.weight_bytes
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        return self._facts.kv_bytes_per_token
-
-    @property
-    def hidden_bytes_per_token(self) -> int:
-        return self._facts.hidden_bytes_per_token
-
-    @property
-    def idle_watts(self) -> float:
-        return self._facts.power.idle_watts
-
-    @property
-    def extrapolated_steps(self) -> int:
-        return self._extrapolated
 
     def step_s(self, work: StepWork) -> float:
         self._check_domain(work)
         return self._seconds(work)
-
-    def host_s(self, work: StepWork) -> float:
-        return self._host.of(work)
 
     def energy_j(self, work: StepWork) -> float:
         return self._facts.power.step_j(self._seconds(work))
@@ -140,7 +117,7 @@ class TableCosts:
         )
 
     def _check_domain(self, work: StepWork) -> None:
-        beyond = self._beyond(work)
+        beyond = self._domain.beyond(work)
         if beyond is None:
             return
         if not self._extrapolates:
@@ -148,19 +125,3 @@ class TableCosts:
                 f"a step has {beyond}; profile a larger grid, or allow extrapolation, which is counted"
             )
         self._extrapolated += 1
-
-    def _beyond(self, work: StepWork) -> str | None:
-        """What of this work is larger than everything measured."""
-        tables, features = self._tables, work.features
-        bounds = [("tokens", features.tokens, tables.dense.last)]
-        bounds.append(("tokens of context", features.context_tokens, tables.most_context_tokens))
-        if self._decides and tables.head is not None:
-            bounds.append(("sampled rows", work.sampled, tables.head.last))
-        if tables.decode is not None:
-            bounds.append(("decoding sequences", features.decodes, tables.decode.last_row))
-        for name, value, most in bounds:
-            if value > most:
-                return f"{value} {name} and the table ends at {most:.0f}"
-        longest = max(work.context_tokens, default=0)
-        reach = max((grid.last_place for grid in (tables.prefill, tables.decode) if grid), default=0)
-        return f"a context of {longest} tokens and the table ends at {reach:.0f}" if longest > reach else None

@@ -17,7 +17,7 @@ from plait.simulator.cluster_run import ClusterRun
 from plait.simulator.event_heap import NS_PER_S
 from plait.simulator.outcomes import Outcomes
 from plait.simulator.random_streams import stream
-from plait.simulator.simulated_worker import SimulatedWorker
+from plait.simulator.simulated_worker import SimulatedWorker, WorkerTotals
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0)
 WARM_UP_FRACTION = 0.1
@@ -141,6 +141,8 @@ def _machine(worker: SimulatedWorker, run: ClusterRun) -> dict[str, Any]:
         "step_tokens": totals.step_tokens,
         "mean_batch": totals.step_sequences / max(totals.steps, 1),
         "busy_fraction": totals.busy_ns / duration_ns,
+        "mfu_fraction": _of_busy_time(totals.ideal_compute_s, totals),
+        "mbu_fraction": _of_busy_time(totals.ideal_memory_s, totals),
         "preemptions": totals.preemptions,
         "crashes": totals.crashes,
         "cache_hit_fraction": totals.prefix_hit_tokens / max(totals.prefix_query_tokens, 1),
@@ -149,6 +151,11 @@ def _machine(worker: SimulatedWorker, run: ClusterRun) -> dict[str, Any]:
         "extrapolated_steps": spec.costs.extrapolated_steps,
         "energy_j": totals.energy_j + spec.costs.idle_watts * duration_ns / NS_PER_S,
     }
+
+
+def _of_busy_time(ideal_s: float, totals: WorkerTotals) -> float | None:
+    """MFU and MBU, while steps run; None where the device's peaks are not known."""
+    return ideal_s * NS_PER_S / totals.busy_ns if ideal_s > 0 and totals.busy_ns else None
 
 
 def _cluster(run: ClusterRun) -> dict[str, float]:

@@ -65,14 +65,17 @@ class LinearPart(_Part):
 
 class MachinePart(_Part):
     """`count` equal machines. Their costs come from one of three: a published `device` (a roofline; `devices` of them
-    add up), a `profile` that was measured, or `linear` ones."""
+    share the work and pay for collectives over their `interconnect`), a `profile` that was measured (of another machine
+    than this one only if `force_profile` says so), or `linear` ones."""
 
     name: str = Field(min_length=1, max_length=64)
     count: int = Field(default=1, ge=1, le=100_000)
     blocks: str | None = None
     device: str | None = None
     devices: int = Field(default=1, ge=1)
+    interconnect: str | None = None
     profile: Path | None = None
+    force_profile: bool = False
     linear: LinearPart | None = None
     efficiency_fraction: float | None = Field(default=None, gt=0, le=1)
     host_s: NotNegative = 0.0
@@ -245,6 +248,11 @@ def _check(scenario: Scenario, where: str) -> None:
             raise BadSetup(
                 f"{at} has {' and '.join(given) or 'no costs'}; give one of device (a published one), profile (a "
                 "file of plait profile) and linear"
+            )
+        if machine.devices > 1 and machine.device is None:
+            raise BadSetup(
+                f"{at} has {machine.devices} devices, and what they cost together is known of published ones only; "
+                "give a device"
             )
         if machine.linear is not None and machine.kv_memory is None:
             raise BadSetup(

@@ -2,25 +2,24 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 from plait.cluster import peer_id_of_name
 from plait.costs import (
     ASSUMED,
-    MAX_PROFILE_BYTES,
     CostModel,
-    Device,
     Efficiency,
     Formats,
     HostOverhead,
+    IdealSeconds,
     NoisyCosts,
     RooflineCosts,
     SpanShape,
     StepWork,
     device_named,
-    parse_profile,
+    interconnect_named,
 )
 from plait.errors import BadRequest, BadSetup
 from plait.metrics import Objectives
@@ -89,6 +88,10 @@ class LinearCosts:
     def host_s(self, work: StepWork) -> float:
         del work
         return self.given.host_s
+
+    def ideal(self, work: StepWork) -> IdealSeconds | None:
+        del work
+        return None
 
     def energy_j(self, work: StepWork) -> float:
         del work
@@ -194,44 +197,25 @@ def _costs(part: MachinePart, shape: SpanShape, folder: Path) -> CostModel:
         efficiency = ASSUMED
         if fraction is not None:
             efficiency = Efficiency(bandwidth_fraction=fraction, compute_fractions=(fraction,))
-        device = several(device_named(part.device), part.devices)
-        return RooflineCosts(shape=shape, device=device, efficiency=efficiency, host=host)
+        return RooflineCosts(
+            shape=shape,
+            device=device_named(part.device),
+            efficiency=efficiency,
+            host=host,
+            devices=part.devices,
+            interconnect=interconnect_named(part.interconnect) if part.interconnect else None,
+        )
     assert part.profile is not None
+    from plait.profiler import read_profile  # it asks torch what hardware this is
+
     file = folder / part.profile
-    try:
-        if file.stat().st_size > MAX_PROFILE_BYTES:
-            raise BadSetup(f"the profile {str(file)!r} of machine {part.name!r} is larger than any real one")
-        content = file.read_bytes()
-    except OSError as error:
-        raise BadSetup(
-            f"the profile {str(file)!r} of machine {part.name!r} cannot be read: {error}"
-        ) from error
-    profile = parse_profile(content, where=str(file))
+    profile = read_profile(file, for_this_machine=not part.force_profile)
     if profile.model.model_blocks != len(shape.model.blocks):
         raise BadSetup(
             f"the profile {str(file)!r} of machine {part.name!r} is of {profile.model.name!r}, a model of "
             f"{profile.model.model_blocks} blocks, and the scenario's has {len(shape.model.blocks)}; profile that one"
         )
     return profile.table_costs(shape.blocks, extrapolates=part.extrapolate)
-
-
-def several(device: Device, count: int) -> Device:
-    """So many devices as one, whose peaks and memory add up: tensor parallelism without the cost of its collectives."""
-    if count == 1:
-        return device
-    power = replace(
-        device.power,
-        idle_watts=device.power.idle_watts * count,
-        busy_watts=device.power.busy_watts * count,
-    )
-    return replace(
-        device,
-        name=f"{count} x {device.name}",
-        flops_per_s={kind: peak * count for kind, peak in device.flops_per_s.items()},
-        bandwidth_bytes_per_s=device.bandwidth_bytes_per_s * count,
-        memory_bytes=device.memory_bytes * count,
-        power=power,
-    )
 
 
 def _kv_bytes(part: MachinePart, costs: CostModel) -> int:

@@ -53,6 +53,7 @@ class MachineSpec:
 class WorkerTotals:
     """What a machine has done since the start; survives its crashes.
 
+    `ideal_compute_s` and `ideal_memory_s`: what its steps would have taken at the device's peaks, 0 if not known.
     `useful_kv_fractions`: of the memory held by running requests, how much was filled, seen every few steps.
     """
 
@@ -61,6 +62,8 @@ class WorkerTotals:
     step_sequences: int = 0
     busy_ns: int = 0
     energy_j: float = 0.0
+    ideal_compute_s: float = 0.0
+    ideal_memory_s: float = 0.0
     preemptions: int = 0
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
@@ -221,6 +224,10 @@ class SimulatedWorker:
         totals.step_tokens += work.features.tokens
         totals.step_sequences += len(new_tokens)
         totals.energy_j += costs.energy_j(work)
+        ideal = costs.ideal(work)
+        if ideal is not None:
+            totals.ideal_compute_s += ideal.compute_s
+            totals.ideal_memory_s += ideal.memory_s
         if totals.steps % _USAGE_EVERY_STEPS == 0:
             self._sample_usage()
         self._heap.after(step_s, EventKind.DONE, self.name, self._done, life)

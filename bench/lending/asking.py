@@ -72,12 +72,10 @@ class OneMachine:
 
     def margin(self, wish: Wish, place: int) -> float:
         """How far apart the two likeliest tokens were at a place of a greedy answer: logarithms of probabilities."""
-        params = SamplingParams(
-            max_tokens=1, ignore_eos=True, temperature=0.0, logprobs=2
-        )  # what was answered before is given as prompt
+        params = SamplingParams(max_tokens=1, ignore_eos=True, temperature=0.0, logprobs=2)
         with self._lock:
             (output,) = self._llm.generate([[*wish.prompt, *self._known[wish][:place]]], params)
-        (first,) = output.outputs[0].logprobs or ()
+        first = output.outputs[0].logprobs[0]
         likeliest = sorted((each.logprob for each in first.values()), reverse=True)
         return likeliest[0] - likeliest[1]
 

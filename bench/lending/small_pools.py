@@ -1,7 +1,7 @@
 """Machines whose pools of KV blocks are small, as real processes: each serves the whole model, behind one gateway."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from plait.engine import EngineOptions, open_checkpoint, read_span_sizes
 from plait.transport import Identity
 
 BLOCK_TOKENS = 16
+# What a machine says is as old as its last announcement.
+ANNOUNCE_S, SETTLED_S = 0.25, 0.75
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +46,15 @@ class SmallPools(SwarmOfProcesses):
         distance: Distance | None = None,
         attend_times: Mapping[str, float] | None = None,
     ) -> None:
-        options = ("--blocks", "none", "--dtype", "float32", "--set", "swarm.announce_s=0.25", *gateway)
+        options = (
+            "--blocks",
+            "none",
+            "--dtype",
+            "float32",
+            "--set",
+            f"swarm.announce_s={ANNOUNCE_S}",
+            *gateway,
+        )
         super().__init__(*options, model=str(model))
         self.pools = dict(pools)
         self._shape = shape
@@ -72,7 +82,7 @@ class SmallPools(SwarmOfProcesses):
         """Start a machine, or start it again."""
         memory_bytes = self.pools[name] * self._block_bytes
         flags = ("--kv-cache-memory", str(memory_bytes), "--no-rebalance", *self._lending)
-        self.start(name, f"0:{self._shape.blocks}", *flags, "--set", "swarm.announce_s=0.25")
+        self.start(name, f"0:{self._shape.blocks}", *flags, "--set", f"swarm.announce_s={ANNOUNCE_S}")
 
     def restart(self, name: str) -> None:
         """Start a machine that was killed again, and wait until it serves."""
@@ -82,20 +92,31 @@ class SmallPools(SwarmOfProcesses):
 
     def machine(self, name: str) -> dict[str, Any]:
         """What the gateway was told of a machine, a moment ago."""
-        return next((each for each in self.status()["machines"] if each["name"] == name), {})
+        return next(each for each in self.status()["machines"] if each["name"] == name)
 
-    def all_free_s(self, within_s: float) -> float | None:
-        """Seconds until all pools say that they are free; None if they do not within that time."""
+    def loans(self, name: str) -> dict[str, Any]:
+        """What a machine said of its loans, a moment ago."""
+        return self.machine(name).get("loans") or {}
+
+    def all_free_s(self, within_s: float, without: Collection[str] = ()) -> float | None:
+        """Seconds until all pools (`without` some) say that they are free and stay so; None: not within that time."""
         began_s = time.monotonic()
-        while time.monotonic() - began_s < within_s:
+        free_s: float | None = None
+        while (now_s := time.monotonic()) - began_s < within_s + SETTLED_S:
             try:
                 seen = {each["name"]: each for each in self.status()["machines"]}
-                if all(name in seen and is_free(seen[name]) for name in self.pools):
-                    return time.monotonic() - began_s
+                free = all(name in seen and is_free(seen[name]) for name in self.pools if name not in without)
             except httpx.HTTPError:
-                pass
-            time.sleep(0.1)
+                free = False
+            free_s = (free_s or now_s) if free else None
+            if free_s is not None and now_s - free_s >= SETTLED_S:
+                return free_s - began_s
+            time.sleep(0.05)
         return None
+
+    def wait_online(self) -> None:
+        """Wait until the gateway routes over all machines again."""
+        self.gateway.wait_for(lambda: set(self.pools) <= self.online(), "all machines back")
 
     def wait_free(self) -> None:
         """Wait until nothing is used, lent or borrowed anywhere.

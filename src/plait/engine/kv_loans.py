@@ -1,13 +1,10 @@
 # pyright: standard
-"""Lending and borrowing KV blocks, between the steps of an engine: books, scheduler and memory kept together.
+"""Lending and borrowing KV blocks, between the steps of an engine: the books of `kvcache.BlockLoans`, and the memory.
 
-A debtor moves full blocks out while it goes on computing: their content does not change any more, so it is copied at
-leisure (`start_moves`), and between two steps, once the creditor has it, the block tables name the borrowed block
-instead (`finish_move`). A creditor needs the model's shape and memory, no weights: it stores what it is sent and
-attends over it.
+A creditor needs the model's shape and memory, no weights: it stores what it is sent and attends over it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,9 +16,8 @@ from plait.engine.remote_kv import PartialAsk
 from plait.engine.split_attention import Shard, attend_shard, plan_shard
 from plait.errors import BadRequest, BlocksLost
 from plait.ids import PeerId
-from plait.kvcache import DebtBook, KvBlockPool, LentBlock, LoanBook, LoanTerms, RemoteBlock
+from plait.kvcache import BlockLoans, KvBlockPool, LentBlock, LoanScheduler, LoanTerms, RemoteBlock
 from plait.model import ModelSpec
-from plait.scheduling import Scheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +39,25 @@ class HolderShare:
     numbers: tuple[int, ...]
 
 
-class KvLoans:
-    """Both ends of one engine's loans. Call it between steps; `attend` also during them, in the same thread."""
+class KvLoans(BlockLoans):
+    """Both ends of one engine's loans. Call it between steps; `attend` also during them, in one thread at a time.
+
+    `first_generation` as for `BlockLoans`.
+    """
 
     def __init__(
-        self, spec: ModelSpec, scheduler: Scheduler, pool: KvBlockPool, store: KvStore, terms: LoanTerms
+        self,
+        spec: ModelSpec,
+        scheduler: LoanScheduler,
+        pool: KvBlockPool,
+        store: KvStore,
+        terms: LoanTerms,
+        *,
+        first_generation: int = 0,
     ) -> None:
-        self.book = LoanBook(pool, terms)
-        self.debts = DebtBook(pool)
+        super().__init__(scheduler, pool, terms, first_generation=first_generation)
         self.store = store
         self._spec = spec
-        self._scheduler = scheduler
-        self._pool = pool
-        self._moves: dict[int, int] = {}
         self._planned: tuple[tuple[object, ...], Shard] | None = None
 
     # -- as creditor -----------------------------------------------------------------------------------
@@ -128,53 +130,19 @@ class KvLoans:
 
     # -- as debtor -------------------------------------------------------------------------------------
 
-    def wanted_blocks(self) -> int:
-        """Blocks that should be borrowed now, as far as the scheduler may."""
-        most = self._scheduler.borrowable_blocks - self.debts.borrowed_blocks
-        return max(0, min(most, self._scheduler.wanted_blocks()))
-
     def start_moves(self, kv_blocks: int) -> list[OutgoingBlock]:
         """Choose up to so many full blocks to move out, as far as borrowed ones are empty, and copy their content."""
-        room = min(kv_blocks, self.debts.empty_blocks)
-        sources = self._scheduler.movable(room, self._moves.values()) if room > 0 else []
-        outgoing: list[OutgoingBlock] = []
-        for source, borrowed in zip(sources, self.debts.take_empty(len(sources)), strict=True):
-            self._pool.share([source])
-            self._moves[borrowed] = source
-            content = self.store.read_blocks([source])[0]
-            outgoing.append(OutgoingBlock(borrowed, self.debts.place(borrowed), content))
-        return outgoing
-
-    def finish_move(self, borrowed: int, accepted: bool) -> None:
-        """The creditor has the content, or refused it: then the block stays here, and that borrowed one is lost."""
-        source = self._moves.pop(borrowed, None)
-        if source is None:  # it was lost meanwhile
-            return
-        self._pool.release([source])
-        if not accepted:
-            self.debts.lose([borrowed])
-        elif self._scheduler.relocate(source, borrowed):
-            self.debts.filled(borrowed)
-        else:
-            self.debts.cancel(borrowed)
-
-    def homeward(self, creditor: PeerId, kv_blocks: int) -> list[int]:
-        """Up to so many borrowed numbers in use, of blocks of this creditor, that there is room for here."""
-        held = set(self.debts.held)
-        room = min(kv_blocks, self._pool.free_blocks)
-        return [number for number in self.debts.numbers(creditor).values() if number not in held][
-            : max(0, room)
+        return [
+            OutgoingBlock(each.borrowed, each.place, self.store.read_blocks([each.source])[0])
+            for each in self.begin_moves(kv_blocks)
         ]
 
     def take_home(self, borrowed: int, content: Tensor) -> bool:
         """Put the content of a borrowed block into one of our own; False if there is no room, or nobody needs it."""
-        if not self._pool.free_blocks or borrowed not in self._pool.borrowed_numbers:
+        own = self.bring_home(borrowed)
+        if own is None:
             return False
-        [own] = self._pool.allocate(1)
         self.store.write_blocks([own], content[None])
-        if borrowed in self.debts.held or not self._scheduler.relocate(borrowed, own):
-            self._pool.release([own])
-            return False
         return True
 
     def shares(self, asked: PartialAsk) -> list[HolderShare]:
@@ -184,27 +152,3 @@ class KvLoans:
             place = self.debts.place(number)
             found.setdefault(place.creditor, []).append((place.block, start, number))
         return [HolderShare(creditor, *zip(*each, strict=True)) for creditor, each in found.items()]
-
-    def lose(self, numbers: Iterable[int]) -> None:
-        """Borrowed blocks are lost: whoever used them computes them again."""
-        lost = list(numbers)
-        self._scheduler.lose(lost)
-        for borrowed in lost:
-            if borrowed in self._moves:
-                self._pool.release([self._moves.pop(borrowed)])
-        self.debts.lose(lost)
-
-    def lose_creditor(self, creditor: PeerId) -> None:
-        """A creditor is gone, and all that it lent."""
-        self.lose(list(self.debts.numbers(creditor).values()))
-
-    # -- both ------------------------------------------------------------------------------------------
-
-    def holders(self) -> list[list[int]]:
-        """Who holds blocks of the pool besides the scheduler."""
-        return [self.book.held, self.debts.held, list(self._moves.values())]
-
-    def check(self) -> None:
-        """Assert that both books agree with themselves."""
-        self.book.check()
-        self.debts.check()

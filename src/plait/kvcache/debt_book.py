@@ -33,6 +33,7 @@ class DebtBook:
     def __init__(self, pool: KvBlockPool) -> None:
         self._pool = pool
         self._places: dict[int, RemoteBlock] = {}
+        self._numbers: dict[RemoteBlock, int] = {}
         self._empty: dict[int, None] = {}
         self._filling: dict[int, None] = {}
         self._spent: dict[int, None] = {}
@@ -56,6 +57,14 @@ class DebtBook:
         """Where a borrowed block really is."""
         return self._places[borrowed]
 
+    def number_of(self, place: RemoteBlock) -> int | None:
+        """The borrowed number that stands for a creditor's block, if one does."""
+        return self._numbers.get(place)
+
+    def is_filled(self, borrowed: int) -> bool:
+        """Whether a borrowed block is, or was, in block tables: its content is at its creditor."""
+        return borrowed in self._places and not (borrowed in self._empty or borrowed in self._filling)
+
     def borrowed_from(self) -> dict[PeerId, int]:
         """How many blocks each creditor has lent."""
         counts: dict[PeerId, int] = {}
@@ -65,10 +74,11 @@ class DebtBook:
 
     def granted(self, creditor: PeerId, blocks: Sequence[LentBlock]) -> None:
         """A creditor has lent blocks; those known already (an answer that came twice) are left as they are."""
-        known = {place.block for place in self._places.values() if place.creditor == creditor}
-        fresh = [block for block in blocks if block not in known]
-        for borrowed, block in zip(self._pool.borrow(len(fresh)), fresh, strict=True):
-            self._places[borrowed] = RemoteBlock(creditor, block)
+        places = [RemoteBlock(creditor, block) for block in dict.fromkeys(blocks)]
+        fresh = [place for place in places if place not in self._numbers]
+        for borrowed, place in zip(self._pool.borrow(len(fresh)), fresh, strict=True):
+            self._places[borrowed] = place
+            self._numbers[place] = borrowed
             self._empty[borrowed] = None
         self._promise()
 
@@ -124,6 +134,7 @@ class DebtBook:
         """Assert that the book agrees with itself; `held` is a holder for the pool's own check."""
         places = list(self._places.values())
         assert len(places) == len(set(places)), "two borrowed numbers stand for one block"
+        assert self._numbers == {place: borrowed for borrowed, place in self._places.items()}
         assert len(self.held) == len(set(self.held)) and set(self.held) <= self._places.keys()
         assert set(self._places) == self._pool.borrowed_numbers
         assert self._pool.promised_blocks == len(self._empty) + len(self._filling)
@@ -132,6 +143,7 @@ class DebtBook:
         parted: dict[PeerId, list[LentBlock]] = {}
         for borrowed in numbers:
             place = self._places.pop(borrowed)
+            del self._numbers[place]
             parted.setdefault(place.creditor, []).append(place.block)
             self._pool.forget([borrowed])
         self._promise()

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from plait.ids import PeerId, RequestId
+from plait.kvcache.lending_plan import LayerTimes
 
 MAX_CANDIDATES = 3
 
@@ -27,7 +28,9 @@ class PlacementChange:
 class DebtHeartbeat:
     """What an instance says of itself; `changes` since its heartbeat before, or all if it is `whole`.
 
-    `lendable_blocks`: what it would lend now. `lent` by debtor, `borrowed` by creditor.
+    `lendable_blocks`: what it would lend now. `spare_blocks`: free ones that it needs for nothing of its own. `lent` by
+    debtor, `borrowed` by creditor. `attended_tokens`: those whose attention runs there, own and lent. `times` is None
+    as long as too little has been measured.
     """
 
     instance: PeerId
@@ -40,6 +43,10 @@ class DebtHeartbeat:
     waiting: int
     lent: Mapping[PeerId, int]
     borrowed: Mapping[PeerId, int]
+    spare_blocks: int = 0
+    attended_tokens: int = 0
+    mean_request_tokens: float = 0.0
+    times: LayerTimes | None = None
     changes: tuple[PlacementChange, ...] = ()
 
 

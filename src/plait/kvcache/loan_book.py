@@ -94,11 +94,15 @@ class _Debtor:
 
 
 class LoanBook:
-    """The loans of one pool; every call says what time it is."""
+    """The loans of one pool; every call says what time it is.
 
-    def __init__(self, pool: KvBlockPool, terms: LoanTerms) -> None:
+    `first_generation`: above all that were ever used for blocks of this machine, by whatever ran here before.
+    """
+
+    def __init__(self, pool: KvBlockPool, terms: LoanTerms, *, first_generation: int = 0) -> None:
         self.terms = terms
         self._pool = pool
+        self._first_generation = first_generation
         self._debtors: dict[PeerId, _Debtor] = {}
         self._loan_of: dict[int, tuple[PeerId, int]] = {}
         self._generations: dict[int, int] = {}
@@ -146,7 +150,9 @@ class LoanBook:
         known.last_number = number
         blocks: list[LentBlock] = []
         for kv_block in self._pool.allocate(kv_blocks):
-            self._generations[kv_block] = generation = self._generations.get(kv_block, 0) + 1
+            self._generations[kv_block] = generation = (
+                self._generations.get(kv_block, self._first_generation) + 1
+            )
             self._loan_of[kv_block] = (debtor, number)
             blocks.append(LentBlock(kv_block, generation))
         known.loans[number] = _Loan(tuple(blocks), {block.kv_block: False for block in blocks})
@@ -217,6 +223,10 @@ class LoanBook:
             recalls.append(Recall(debtor, number, tuple(wanted), by_s))
             missing -= len(wanted)
         return tuple(recalls)
+
+    def named(self, kv_block: int) -> LentBlock:
+        """A lent block as its debtor must name it now."""
+        return LentBlock(kv_block, self._generations[kv_block])
 
     def forget(self, debtor: PeerId) -> int:
         """The debtor is gone for good: free all it had; returns how many blocks that were."""

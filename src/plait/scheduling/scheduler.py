@@ -26,7 +26,7 @@ from itertools import chain
 
 from plait.errors import BadRequest, NoCapacity
 from plait.ids import RequestId
-from plait.kvcache import KvBlockPool
+from plait.kvcache import KvBlockPool, LendingFacts, PlacedRequest
 from plait.scheduling.gang import split_tokens, worst_case_blocks
 from plait.scheduling.idle import idle_victim
 from plait.scheduling.limits import StepLimits
@@ -34,6 +34,9 @@ from plait.scheduling.plan import Admission, Grant, SchedulerView, SchedulingPol
 from plait.scheduling.request import NewRequest, ScheduledRequest, ScheduledSequence
 from plait.scheduling.step import ScheduledChunk, ScheduledStep
 from plait.scheduling.usage import KvUsage, SchedulerCounts, kv_usage
+
+# Placements that are told of each machine: those of its longest requests.
+_TOLD_REQUESTS = 16
 
 
 class Scheduler:
@@ -53,6 +56,7 @@ class Scheduler:
         self._running_sequences = 0
         self._rebuilding: list[ScheduledRequest] = []
         self._step: ScheduledStep | None = None
+        self._starving: RequestId | None = None
         self._in_flight: list[ScheduledSequence] = []
         self._arrivals = 0
         self._preemptions_total = 0
@@ -180,6 +184,7 @@ class Scheduler:
         swap_out = [pair for victim in plan.victims for pair in self._preempt(victim)]
         swap_in = self._admit(plan.admissions) if plan.admissions else []
         chunks, copies = self._place(plan.grants)
+        self._starving = self._unserved(chunks)
         self._step = ScheduledStep(
             chunks=chunks,
             copies=tuple(copies),
@@ -278,13 +283,46 @@ class Scheduler:
         return self._limits.borrowable_blocks
 
     def wanted_blocks(self) -> int:
-        """Blocks that are short: for all that is known of those running and of the first waiting, and one for each."""
+        """Blocks that are short, beyond those promised; see `lending_facts`."""
+        return max(0, self._short_blocks() - self._pool.promised_blocks)
+
+    def lending_facts(self) -> LendingFacts:
+        """What lending decides on; walks the running requests."""
+        computed = [sum(each.computed_tokens for each in request.live) for request in self._running]
+        order = sorted(range(len(computed)), key=lambda place: -computed[place])[:_TOLD_REQUESTS]
+        counted = [*self._running, *self._waiting[:1]]
+        known_tokens = sum(len(each.token_ids) for request in counted for each in request.live)
+        return LendingFacts(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            short_blocks=self._short_blocks(),
+            computed_tokens=sum(computed),
+            mean_request_tokens=known_tokens / max(1, len(counted)),
+            requests=tuple(
+                PlacedRequest(
+                    self._running[place].id,
+                    computed[place],
+                    list(
+                        dict.fromkeys(block for each in self._running[place].live for block in each.kv_blocks)
+                    ),
+                )
+                for place in order
+            ),
+        )
+
+    @property
+    def starving(self) -> RequestId | None:
+        """The first request, if the latest step gave it nothing for want of blocks."""
+        return self._starving
+
+    def _short_blocks(self) -> int:
+        """Blocks that are short for all that is known of those running and of the first waiting, and one for each."""
         blocks_for = self._pool.blocks_for
         wanted = 0
         for request in [*self._running, *self._waiting[:1]]:
             for sequence in request.live:
                 wanted += blocks_for(len(sequence.token_ids)) - len(sequence.kv_blocks) + 1
-        return max(0, wanted - self._pool.free_blocks - self._pool.promised_blocks)
+        return wanted - self._pool.free_blocks
 
     # What is known about requests and the whole.
 
@@ -350,6 +388,13 @@ class Scheduler:
             assert not any(on_host), "a waiting request holds blocks without a host pool"
 
     # Parts of the above.
+
+    def _unserved(self, chunks: Sequence[ScheduledChunk]) -> RequestId | None:
+        """The first request, if it lacks blocks to go on with."""
+        for request in self._running[:1] or self._waiting[:1]:
+            if not request.idle and all(chunk.request_id != request.id for chunk in chunks):
+                return request.id if self._short_blocks() > 0 else None
+        return None
 
     def _view(self) -> SchedulerView:
         return SchedulerView(

@@ -5,11 +5,12 @@ import msgspec
 from plait.errors import BadFrame
 from plait.wire.control_messages import ControlMessage
 from plait.wire.link_messages import LinkMessage
+from plait.wire.loan_messages import LoanMessage
 from plait.wire.membership_messages import MembershipMessage
 from plait.wire.session_messages import SessionMessage
 from plait.wire.weight_messages import WeightMessage
 
-Message = LinkMessage | MembershipMessage | SessionMessage | WeightMessage | ControlMessage
+Message = LinkMessage | MembershipMessage | SessionMessage | WeightMessage | LoanMessage | ControlMessage
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

@@ -7,6 +7,7 @@ from clusters import LinearCosts, machine, replicas, run_of, swarm, trace
 from plait.routing import RouteWish
 from plait.scheduling import StepLimits
 from plait.simulator import FAULT_KINDS, Deadlock, EventFailed, FaultRate, RunFault, draw_faults
+from plait.simulator.faults_of_run import swizzled
 from plait.workload import TraceRequest
 
 
@@ -151,6 +152,34 @@ def test_a_slow_machine_gets_less_and_a_slow_link_takes_longer() -> None:
     run = run_of(replicas(1), asked(1.0), faults=[far])
     run.run()
     assert run.outcomes.first_s[0] > 1.0
+
+
+def test_a_squeezed_machine_preempts_and_a_narrow_link_takes_longer_to_send() -> None:
+    requests = asked(*[0.01 * number for number in range(20)], prompt=100, output=60)
+
+    def preemptions(*faults: RunFault) -> int:
+        run = run_of(replicas(1, kv_blocks=220), requests, faults=faults)
+        run.run()
+        assert len(run.outcomes.ended("finished")) == 20
+        return next(iter(run.workers.values())).totals.preemptions
+
+    squeeze = RunFault(kind="squeeze", at_s=0.1, duration_s=2.0, machines=("replica-0",), strength=0.8)
+    assert preemptions(squeeze) > 0 == preemptions()
+    narrow = RunFault(kind="narrow_link", at_s=0.0, duration_s=9.0, machines=("replica-0",), strength=1e6)
+    run = run_of(replicas(1), asked(1.0), faults=[narrow])
+    run.run()
+    assert run.outcomes.first_s[0] > 32 * 4 * 1e6 / 1e9
+
+
+def test_swizzled_machines_fall_in_one_order_and_rise_in_another() -> None:
+    names = [f"m{number}" for number in range(9)]
+    faults = swizzled("crash", names, 10.0, 1.0, np.random.default_rng(0))
+    falls = [fault.machines[0] for fault in sorted(faults, key=lambda fault: fault.at_s)]
+    rises = [fault.machines[0] for fault in sorted(faults, key=lambda fault: fault.at_s + fault.duration_s)]
+    assert sorted(falls) == sorted(rises) == names
+    assert len({tuple(falls), tuple(rises), tuple(names)}) == 3
+    # All of them are down at once for a while.
+    assert max(fault.at_s for fault in faults) < min(fault.at_s + fault.duration_s for fault in faults)
 
 
 def test_what_is_cut_off_briefly_waits_and_for_long_is_given_up() -> None:

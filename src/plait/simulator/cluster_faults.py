@@ -91,6 +91,12 @@ class FaultInjector:
             case "slow_link":
                 for worker in workers:
                     self._network.slow(worker.name, ns_of(fault.strength))
+            case "narrow_link":
+                for worker in workers:
+                    self._network.narrow(worker.name, fault.strength)
+            case "squeeze":
+                for worker in workers:
+                    worker.squeeze(fault.strength)
             case "cut" | "partition":
                 self._cut(workers, end_ns)
         self._heap.at(end_ns, EventKind.FAULT, name, self._mend, fault)
@@ -102,6 +108,10 @@ class FaultInjector:
                 worker.slow(1 / fault.strength)
             elif fault.kind == "slow_link":
                 self._network.slow(name, -ns_of(fault.strength))
+            elif fault.kind == "narrow_link":
+                self._network.narrow(name, 1 / fault.strength)
+            elif fault.kind == "squeeze":
+                worker.relax()
             elif self.heard(worker):
                 self._gateway.hear(worker)
         self._survivor.welcome()

@@ -130,20 +130,21 @@ class ClusterRun:
             EventFailed, Livelock: see `EventHeap.step`.
         """
         heap, options = self.heap, self.options
-        every = 1 if options.check == "event" else options.check_every
-        walks = options.check != "end"
         while self._arriving or self.path.flights or self._waiting:
             if until_event is not None and heap.events >= until_event:
                 return
             if heap.idle:
                 raise Deadlock(self._deadlock())
             heap.step()
-            if walks and heap.events % every == 0:
-                self.check()
+            if options.check == "event":
+                heap.blame(self._check_touched)
+            elif options.check == "some" and heap.events % options.check_every == 0:
+                heap.blame(self.check)
         self._finish()
 
-    def check(self, *, empty: bool = False) -> None:
-        """Assert the invariants of all books: schedulers, pools, sessions, requests."""
+    def check(self, *, touched_only: bool = False, empty: bool = False) -> None:
+        """Assert the invariants of all books: schedulers, pools, sessions, requests. With `touched_only`, schedulers
+        and pools only of those machines that something happened to since the last time."""
         crossing: dict[PeerId, int] = dict.fromkeys(self.workers, 0)
         for flight in self.path.flights.values():
             for hop in flight.hops:
@@ -154,10 +155,28 @@ class ClusterRun:
             assert worker.sessions == crossing[peer], (
                 f"{worker.name} counts {worker.sessions} sessions, {crossing[peer]} cross it"
             )
-            worker.check(empty=empty)
+            if worker.touched or not touched_only:
+                worker.touched = False
+                worker.check(empty=empty)
         assert len(self.path.flights) + len(self.outcomes) == self.offered, (
             "a request was lost or counted twice"
         )
+
+    def _check_touched(self) -> None:
+        self.check(touched_only=True)
+
+    def _check_chain(self, chain: Chain, blocks: range, without: frozenset[PeerId]) -> None:
+        """Assert that what the router answers is a chain of these blocks over machines that may be in it."""
+        end = blocks.start
+        for hop in chain:
+            name = self.workers[hop.peer].name
+            assert self.gateway.knows(hop.peer), f"the router chose {name}, which is known to be gone"
+            assert hop.peer not in without, f"the router chose {name}, which was to be left out"
+            assert hop.span.start == end < hop.span.stop, (
+                f"the chain has a gap, or an overlap, at block {end}"
+            )
+            end = hop.span.stop
+        assert end == blocks.stop, f"the chain ends before block {blocks.stop}"
 
     def _finish(self) -> None:
         """Everything is over: nothing may be left, and the mean in flight is rate times mean time (Little 1961)."""
@@ -165,6 +184,8 @@ class ClusterRun:
         for worker in self.workers.values():
             worker.note_counts()
         self.check(empty=True)
+        told = sum(tokens - 1 for tokens in self.outcomes.output_tokens if tokens)
+        assert len(self.outcomes.gaps_s) == told, "a token was told twice, or not at all"
         times_ns = sum(map(ns_of, self.outcomes.end_s))
         assert abs(times_ns - self._late_ns - self.in_flight_ns) <= len(self.outcomes), (
             f"requests were in flight for {self.in_flight_ns} ns together, and say {times_ns - self._late_ns} ns"
@@ -179,6 +200,7 @@ class ClusterRun:
 
     def finished(self, flight: Flight) -> None:
         """A request has all its tokens."""
+        assert flight.produced == flight.output_tokens
         self._end(flight, "finished")
 
     def refused(self, flight: Flight, peer: PeerId) -> None:
@@ -253,7 +275,9 @@ class ClusterRun:
         if end < self.blocks.stop:
             gap = range(end, self.blocks.stop)
             chain.append(self.gateway.choose(gap, flight.max_tokens, without=avoided, after=after))
-        return tuple(hop for part in chain for hop in part)
+        whole = tuple(hop for part in chain for hop in part)
+        self._check_chain(whole, self.blocks, lost)
+        return whole
 
     def _arrive(self, what: tuple[int, TraceRequest]) -> None:
         number, request = what
@@ -300,6 +324,7 @@ class ClusterRun:
             chain = self.gateway.choose(self.blocks, flight.max_tokens, without=without)
         except NoRoute:
             return False
+        self._check_chain(chain, self.blocks, without)
         flight.chain = chain
         self.path.start(flight, [self.workers[hop.peer] for hop in chain])
         self._injector.watch(flight)

@@ -152,6 +152,10 @@ class DataPath:
             if len(flight.hops) > 1:
                 self._came_out(flight, worker, chunk)
             elif flight.hops and chunk.samples:
+                end = chunk.start + chunk.tokens
+                assert end == flight.tokens, (
+                    f"{worker.name} sampled what follows position {end} of {flight.id}, which has {flight.tokens}"
+                )
                 self._sampled(flight, worker, now_ns)
 
     def _sampled(self, flight: Flight, worker: SimulatedWorker, now_ns: int) -> None:

@@ -59,6 +59,7 @@ class EventHeap:
         self._pushed = 0
         self._ticks = 0
         self._at_once = 0
+        self._latest: tuple[int, str] = EventKind.TICK, "the start"
         self._hash = blake2b(digest_size=16)
         self._unhashed: list[str] = []
         self._lines: deque[str] = deque(maxlen=_REMEMBERED_LINES)
@@ -108,9 +109,19 @@ class EventHeap:
                 f"{self._at_once} events at {self.now_s:.9f} s and the clock stands still; seed {self.seed}, "
                 f"event {self.events}; the latest:\n{self.recent()}"
             )
+        self._latest = kind, name
+        self.blame(action, what)
+
+    def blame(self, action: Callable[..., None], *what: Any) -> None:
+        """Do something at once; what it breaks, or finds broken, is the latest event's fault.
+
+        Raises:
+            EventFailed: an assertion did not hold.
+        """
         try:
-            action(what)
+            action(*what)
         except AssertionError as error:
+            kind, name = self._latest
             raise EventFailed(
                 f"seed {self.seed}, event {self.events} ({EventKind(kind).name.lower()} of {name!r} at "
                 f"{self.now_s:.9f} s): {error or 'an invariant does not hold'}; run the same scenario until that "

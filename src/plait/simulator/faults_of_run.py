@@ -4,20 +4,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
+
 from plait.errors import BadSetup
 from plait.simulator.random_streams import stream
 
-RunFaultKind = Literal["crash", "pause", "slow_node", "slow_link", "cut", "partition"]
+RunFaultKind = Literal[
+    "crash", "pause", "slow_node", "slow_link", "narrow_link", "cut", "partition", "squeeze"
+]
 """
 crash       the machine's memory is lost; it comes back empty after `duration_s`
 pause       it stands still for `duration_s`
 slow_node   its steps take `strength` times as long
 slow_link   everything to and from it takes `strength` seconds more
+narrow_link everything to and from it takes `strength` times as long to send
 cut         nothing gets to it or from it
 partition   nothing gets from some machines to the others and the gateway: `machines` are separated together
+squeeze     something else takes the part `strength` of its KV memory, or what of that is free
 """
 FAULT_KINDS: tuple[RunFaultKind, ...] = get_args(RunFaultKind)
-DEFAULT_STRENGTH = {"slow_node": 4.0, "slow_link": 0.2}
+DEFAULT_STRENGTH = {"slow_node": 4.0, "slow_link": 0.2, "narrow_link": 20.0, "squeeze": 0.5}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +75,23 @@ def draw_faults(
     return tuple(sorted(faults, key=lambda fault: fault.at_s))
 
 
+def swizzled(
+    kind: RunFaultKind, machines: Sequence[str], at_s: float, apart_s: float, rng: np.random.Generator
+) -> tuple[RunFault, ...]:
+    """Machines fall to a fault one after the other and come back in another order, as FoundationDB's trials do it."""
+    falls: list[int] = rng.permutation(len(machines)).tolist()
+    rises: list[int] = rng.permutation(len(machines)).tolist()
+    return tuple(
+        RunFault(
+            kind=kind,
+            at_s=at_s + fall * apart_s,
+            duration_s=(len(machines) - fall + rise) * apart_s,
+            machines=(machine,),
+        )
+        for machine, fall, rise in zip(machines, falls, rises, strict=True)
+    )
+
+
 def check_fault(fault: RunFault, known: Sequence[str]) -> None:
     """Refuse a fault that cannot strike.
 
@@ -79,6 +102,10 @@ def check_fault(fault: RunFault, known: Sequence[str]) -> None:
         raise BadSetup(f"no fault is called {fault.kind!r}; known are {', '.join(FAULT_KINDS)}")
     if fault.at_s < 0 or fault.duration_s <= 0:
         raise BadSetup(f"a fault of kind {fault.kind!r} needs a time from 0 on and a duration above 0")
+    if fault.kind == "squeeze" and not 0 < fault.strength <= 1:
+        raise BadSetup(
+            f"a squeeze takes a part of a machine's memory, above 0 and up to 1, not {fault.strength:g}"
+        )
     unknown = [name for name in fault.machines if name not in known]
     if unknown or not fault.machines:
         raise BadSetup(

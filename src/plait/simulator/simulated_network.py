@@ -55,6 +55,7 @@ class SimulatedNetwork:
         self._silence_ns = ns_of(silence_s)
         self._ways: dict[tuple[str, str], _Direction] = {}
         self._slowed_ns: dict[str, int] = {}
+        self._narrowed: dict[str, float] = {}
         self._cuts: list[tuple[frozenset[str], int, int]] = []
 
     def one_way_s(self, sender: str, receiver: str) -> float:
@@ -79,7 +80,10 @@ class SimulatedNetwork:
             if back_ns is None:
                 return None
             begin_ns = max(begin_ns, back_ns)
-        way.free_ns = begin_ns + round(size_bytes * way.ns_per_byte)
+        ns_per_byte = way.ns_per_byte
+        if self._narrowed:
+            ns_per_byte *= max(self._narrowed.get(sender, 1.0), self._narrowed.get(receiver, 1.0))
+        way.free_ns = begin_ns + round(size_bytes * ns_per_byte)
         arrival_ns = way.free_ns + way.delay_ns
         if self._slowed_ns:
             arrival_ns += self._slowed_ns.get(sender, 0) + self._slowed_ns.get(receiver, 0)
@@ -102,6 +106,10 @@ class SimulatedNetwork:
             self._slowed_ns[endpoint] = total_ns
         else:
             del self._slowed_ns[endpoint]
+
+    def narrow(self, endpoint: str, factor: float) -> None:
+        """Everything to and from an endpoint takes so many times as long to send; the inverse takes that back."""
+        self._narrowed[endpoint] = self._narrowed.get(endpoint, 1.0) * factor
 
     def given_up_ns(self, endpoint: str, other: str, now_ns: int) -> int | None:
         """When two ends that are separated now give each other up; None: they are not, or not for so long."""

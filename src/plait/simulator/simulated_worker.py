@@ -95,6 +95,8 @@ class SimulatedWorker:
         """Tokens of prompts that have arrived and did not run yet, as announced."""
         self.rounds: dict[RequestId, Round]
         """How the sessions that it has go round their chains."""
+        self.touched = True
+        """Whether anything happened to it that its books should be walked after; whoever walks them takes it back."""
         self.scheduler: Scheduler
         self.pool: KvBlockPool
         self._heap = heap
@@ -106,6 +108,7 @@ class SimulatedWorker:
         self._small_step_s = 0.0  # of those of few tokens
         self._gathers_since_ns: int | None = None
         self._woken = False
+        self._taken: list[list[int]] = []
         self._inbox: list[tuple[Callable[[Any], None], Any]] = []
         self._build()
 
@@ -143,6 +146,7 @@ class SimulatedWorker:
 
     def wake(self) -> None:
         """Something may have changed: decide on a step, once all that happens at this instant has happened."""
+        self.touched = True
         if self._step is None and not self._woken and self.up:
             self._woken = True
             time_ns = max(self._heap.now_ns, self._paused_until_ns)
@@ -168,6 +172,7 @@ class SimulatedWorker:
     def restart(self) -> None:
         """Come back with empty memory."""
         assert not self.up
+        self.touched = True
         self.up = True
         self._paused_until_ns = 0
         self._build()
@@ -180,6 +185,19 @@ class SimulatedWorker:
         """Let later steps take `factor` times as long; its inverse takes that back."""
         self.slowness *= factor
 
+    def squeeze(self, fraction: float) -> None:
+        """Let something else have part of its KV memory, as far as that is free."""
+        if self.up:
+            blocks = min(int(fraction * self.pool.kv_blocks), self.pool.free_blocks)
+            self._taken.append(self.pool.allocate(blocks))
+            self.touched = True
+
+    def relax(self) -> None:
+        """The first of those who took memory gives it back; a crash took it from them."""
+        if self._taken:
+            self.pool.release(self._taken.pop(0))
+            self.wake()
+
     # Steps.
 
     def _build(self) -> None:
@@ -188,10 +206,12 @@ class SimulatedWorker:
         self.pool = KvBlockPool(spec.kv_blocks, spec.block_tokens)
         self.scheduler = Scheduler(spec.policy, self.pool, host_pool, spec.limits)
         self.rounds = {}
+        self._taken = []
 
     def _begin(self, life: int) -> None:
         if life != self._life or self._step is not None:
             return
+        self.touched = True
         if self._paused_until_ns > self._heap.now_ns:
             self._heap.at(self._paused_until_ns, EventKind.SCHEDULE, self.name, self._begin, life)
             return
@@ -252,6 +272,7 @@ class SimulatedWorker:
     def _done(self, life: int) -> None:
         if life != self._life:
             return
+        self.touched = True
         now_ns = self._heap.now_ns
         if self._paused_until_ns > now_ns:
             self._heap.at(self._paused_until_ns, EventKind.DONE, self.name, self._done, life)
@@ -278,10 +299,12 @@ class SimulatedWorker:
         """Assert all invariants of its books; with `empty`, that nothing holds memory any more."""
         if not self.up:
             return
-        self.scheduler.check()
+        self.scheduler.check(self._taken)
         if empty:
             assert not self.scheduler.has_requests, f"{self.name} still has requests"
-            assert self.pool.used_blocks == 0, f"{self.name} leaked {self.pool.used_blocks} KV blocks"
+            assert not self.rounds, f"{self.name} still has sessions"
+            left = self.pool.used_blocks - sum(map(len, self._taken))
+            assert left == 0, f"{self.name} leaked {left} KV blocks"
 
     def _sample_usage(self) -> None:
         usage = self.scheduler.kv_usage()

@@ -6,7 +6,7 @@ one gateway; the model is a Llama with random weights (4 blocks, 256 wide, 8 hea
     exact       requests several times longer than the pool they run in, blocks moving at every offset of the answer
     kill        creditor, debtor, manager killed and frozen at random tokens: tokens, notice, pause, what is left behind
     bytes       queries and parts on the wire for a token, beside the formula and beside fetching the blocks
-    trace       three families of lengths, lending off, pulled and planned
+    trace       three families of lengths, lending off, pulled and planned, and one machine with all the memory
     far         the same, and one long request, over links of 125 MB/s and 1 ms one way
     move        what moving 0 to 64 tokens a step costs the answers that go on
     unequal     a creditor with a large pool whose attention takes 1, 4 and 16 times as long
@@ -33,7 +33,8 @@ from lending.traces import FAMILIES, served, wishes_of
 from results import Figure, write_result
 
 PARTS = ("exact", "kill", "bytes", "trace", "far", "move", "unequal")
-POLICIES = ("off", "pull", "plan")
+POLICIES = ("off", "pull", "plan", "one")
+"""Of lending; `one` is a single machine with the memory of all."""
 POOL_BLOCKS = 64
 FAR = Distance(one_way_s=0.001, bytes_per_s=125e6)
 RATES = (0, 4, 8, 16, 32, 64)
@@ -42,7 +43,7 @@ SLOWER = (1.0, 4.0, 16.0)
 
 def flags_of(policy: str, **settings: Any) -> tuple[str, ...]:
     """Flags of `plait join`."""
-    if policy == "off":
+    if policy in ("off", "one"):
         return ()
     flags = [f"lending.{name}={value}" for name, value in settings.items()]
     return ("--lending", policy, *(word for flag in flags for word in ("--set", flag)))
@@ -132,11 +133,11 @@ class LiveBench:
         return samples, gains(samples)
 
     def _traces(self, machines: int, policy: str, distance: Distance | None = None) -> list[dict[str, Any]]:
-        names = [f"m{place}" for place in range(machines)]
+        pools = {f"m{place}": POOL_BLOCKS for place in range(machines)}
+        if policy == "one":
+            pools = {"m0": POOL_BLOCKS * machines}
         rows: list[dict[str, Any]] = []
-        with self.pools(
-            dict.fromkeys(names, POOL_BLOCKS), flags_of(policy, borrow_tokens=4096), distance=distance
-        ) as swarm:
+        with self.pools(pools, flags_of(policy, borrow_tokens=4096), distance=distance) as swarm:
             for family in FAMILIES:
                 wishes = wishes_of(family, self._options.requests, POOL_BLOCKS * BLOCK_TOKENS)
                 asked = ask_all(swarm.origin, wishes, clients=4 * machines)

@@ -23,6 +23,7 @@ from torch import Tensor
 import plait.transport
 from plait.cli import main
 from plait.engine import SequenceChunk, SpanDecoder
+from plait.engine.kv_loans import KvLoans
 from plait.ids import PeerId
 from plait.transport import Link, TlsCarrier
 from plait.worker import span_source
@@ -201,10 +202,25 @@ class SlowDecoder:
             file.write(json.dumps(report) + "\n")
 
 
+def slow_attending(times: float) -> None:
+    """Attending over lent blocks takes so many times as long; waiting costs no processor time."""
+    attend = KvLoans.attend
+
+    def slowed(self: KvLoans, *arguments: Any, **options: Any) -> Any:
+        began_s = time.perf_counter()
+        part = attend(self, *arguments, **options)
+        time.sleep((times - 1) * (time.perf_counter() - began_s))
+        return part
+
+    KvLoans.attend = slowed
+
+
 def slowed_main() -> None:
     conditions = Conditions.read(Path(sys.argv.pop(1)))
     LongCarrier.conditions = conditions
     plait.transport.TlsCarrier = LongCarrier
+    if conditions.attend_times > 1:
+        slow_attending(conditions.attend_times)
     load = span_source.load_span_engine
 
     def load_slowed(*arguments: Any, **options: Any) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from plait.costs import CostModel, StepWork
+from plait.costs import CostModel, IdealSeconds, StepWork
 from plait.ids import RequestId
 from plait.scheduling import ScheduledStep
 from plait.simulator.cluster_run import ClusterRun, RunOptions
@@ -152,6 +152,9 @@ class RecordedCosts:
 
     def host_s(self, work: StepWork) -> float:
         return 0.0 if self._next is not None else self._model.host_s(work)
+
+    def ideal(self, work: StepWork) -> IdealSeconds | None:
+        return self._model.ideal(work)
 
     def energy_j(self, work: StepWork) -> float:
         return self._model.energy_j(work)

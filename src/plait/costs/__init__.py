@@ -8,7 +8,7 @@ collectives.py what several devices in one machine pay to compute together: inte
 tables.py     a `CostModel` of tables of measured operations; blend.py: curves and grids
 regression.py a `CostModel` of six coefficients; measured.py: what it shares with tables
 noise.py      any of them, with the scatter that was measured; accuracy.py: how far predictions are off
-profile.py    a machine's measurements as a file
+profile.py    a machine's measurements; profile_file.py: as a file
 energy.py     watts to joules
 links.py      links that flows share
 """
@@ -39,7 +39,6 @@ from plait.costs.measured import Domain, SpanFacts
 from plait.costs.model import NO_OVERHEAD, CostModel, HostOverhead, IdealSeconds
 from plait.costs.noise import NoisyCosts
 from plait.costs.profile import (
-    MAX_PROFILE_BYTES,
     PROFILE_FORMAT,
     PROFILE_VERSION,
     Operation,
@@ -47,11 +46,10 @@ from plait.costs.profile import (
     Profile,
     ProfiledModel,
     check_fingerprint,
-    format_profile,
-    parse_profile,
     predict,
     tables_of,
 )
+from plait.costs.profile_file import MAX_PROFILE_BYTES, format_profile, parse_profile
 from plait.costs.regression import (
     RegressionCosts,
     fit_host,

@@ -1,14 +1,11 @@
-"""A machine's measurements of one model, as a file: what was measured, where, with what error, and the fits to it.
+"""A machine's measurements of one model: what was measured, where, with what error, and the fits to it.
 
-The file is JSON. It holds only numbers and words that this module names, and reading it executes nothing. Times depend
-on the machine they were measured on, so a profile of another machine is refused unless somebody insists.
+Times depend on the machine they were measured on, so a profile of another machine is refused unless somebody insists.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
-
-import msgspec
 
 from plait.costs.accuracy import PredictionErrors
 from plait.costs.blend import Curve, Grid
@@ -21,7 +18,6 @@ from plait.errors import BadSetup, MissingCost
 
 PROFILE_FORMAT = "plait-profile"
 PROFILE_VERSION = 1
-MAX_PROFILE_BYTES = 4 << 20
 
 Operation = Literal["dense", "head", "prefill", "decode"]
 
@@ -147,31 +143,6 @@ class Profile:
             weight_bytes=round(self.facts.weight_bytes * share),
             kv_bytes_per_token=round(self.facts.kv_bytes_per_token * share),
         )
-
-
-def format_profile(profile: Profile) -> str:
-    """The text of a profile's file; reading it gives an equal profile."""
-    return msgspec.json.encode(profile).decode() + "\n"
-
-
-def parse_profile(text: str | bytes, *, where: str) -> Profile:
-    """Read a profile; `where` (a file name) is for the messages.
-
-    Raises:
-        BadSetup: it is none, or of another version of plait.
-    """
-    if len(text) > MAX_PROFILE_BYTES:
-        raise BadSetup(f"{where} is larger than any profile; make one with plait profile")
-    try:
-        profile = msgspec.json.decode(text, type=Profile)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadSetup(f"{where} is no profile ({error}); make one with plait profile") from None
-    if profile.format != PROFILE_FORMAT or profile.version != PROFILE_VERSION:
-        raise BadSetup(
-            f"{where} is a {profile.format!r} of version {profile.version}, and this plait reads "
-            f"{PROFILE_FORMAT!r} of version {PROFILE_VERSION}; measure again with plait profile"
-        )
-    return profile
 
 
 def check_fingerprint(profile: Profile, here: Mapping[str, str], *, force: bool = False) -> None:

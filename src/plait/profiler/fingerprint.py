@@ -24,6 +24,8 @@ def hardware_fingerprint(*, device: str, threads: int) -> Mapping[str, str]:
         words["threads"] = str(threads or usable_cores())
         words["caches"] = _caches()
         words["kernels"] = current_isa() if native_available else "torch"
+    elif not torch.cuda.is_available():
+        words["gpu"] = "none"
     else:
         words["gpu"] = torch.cuda.get_device_name(device)
         words["gpu_bytes"] = str(torch.cuda.get_device_properties(device).total_memory)

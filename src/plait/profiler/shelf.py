@@ -25,7 +25,9 @@ def read_profile(file: Path, *, for_this_machine: bool = True) -> Profile:
     if for_this_machine:
         there = profile.fingerprint
         device, threads = there.get("device", "cpu"), there.get("threads", "0")
-        here = hardware_fingerprint(device=device, threads=int(threads) if threads.isdigit() else 0)
+        here = hardware_fingerprint(
+            device=device, threads=int(threads) if threads.isdecimal() and len(threads) < 5 else 0
+        )
         check_fingerprint(profile, here)
     return profile
 

@@ -30,7 +30,8 @@ class LendingFacts:
 
     `short_blocks`: blocks that running requests and the first waiting one lack for all that is known of them; below 0
     where that many are free beyond it. Promised blocks do not count. `mean_request_tokens`: what is known of such a
-    request. `requests`: the longest that run, longest first.
+    request. `starving_order`: the priority of the first request, if it cannot go on for want of blocks; lower goes
+    first. `requests`: the longest that run, longest first.
     """
 
     running: int
@@ -38,6 +39,7 @@ class LendingFacts:
     short_blocks: int
     computed_tokens: int
     mean_request_tokens: float
+    starving_order: int | None
     requests: tuple[PlacedRequest, ...]
 
 
@@ -52,6 +54,8 @@ class LoanScheduler(Protocol):
     def relocate(self, source: int, target: int) -> bool: ...
 
     def lose(self, kv_blocks: Iterable[int]) -> list[RequestId]: ...
+
+    def give_way(self) -> RequestId | None: ...
 
     def lending_facts(self) -> LendingFacts: ...
 

@@ -29,8 +29,9 @@ class DebtHeartbeat:
     """What an instance says of itself; `changes` since its heartbeat before, or all if it is `whole`.
 
     `lendable_blocks`: what it would lend now. `spare_blocks`: free ones that it needs for nothing of its own. `lent` by
-    debtor, `borrowed` by creditor. `attended_tokens`: those whose attention runs there, own and lent. `times` is None
-    as long as too little has been measured.
+    debtor, `borrowed` by creditor. `attended_tokens`: those whose attention runs there, own and lent. `starving`: the
+    priority of a request that cannot go on for want of blocks, if there is one; lower goes first. `times` is None as
+    long as too little has been measured.
     """
 
     instance: PeerId
@@ -46,6 +47,7 @@ class DebtHeartbeat:
     spare_blocks: int = 0
     attended_tokens: int = 0
     mean_request_tokens: float = 0.0
+    starving: int | None = None
     times: LayerTimes | None = None
     changes: tuple[PlacementChange, ...] = ()
 

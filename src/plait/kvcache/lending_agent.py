@@ -53,6 +53,7 @@ from plait.wire import (
     LoanWant,
     MoveOrder,
     WireBlocks,
+    YieldOrder,
 )
 
 GONE_S = 5.0
@@ -60,6 +61,7 @@ GONE_S = 5.0
 MEASURED_STEPS = 64
 FEW_STEPS = 8
 _FIT_EVERY = 16
+_LONGEST_HOLD_S = 30.0
 
 Actions = tuple[LendingAction, ...]
 
@@ -102,6 +104,9 @@ class LendingAgent:
         self._starved = False
         self._stepped = False
         self._leaving = False
+        self._kept: list[int] = []
+        self._held_until_s = float("-inf")
+        self._yields = 0
 
     # -- what it is asked ------------------------------------------------------------------------------------
 
@@ -120,6 +125,10 @@ class LendingAgent:
         """Whether all of these are lent to that peer and filled; allowed at any time."""
         return self.loans.book.may_read(peer, blocks)
 
+    def heard(self, peer: PeerId, now_s: float) -> None:
+        """A peer has asked for what it has borrowed; allowed at any time."""
+        self.loans.book.hear(peer, now_s)
+
     # -- what happens ----------------------------------------------------------------------------------------
 
     def set_group(self, peers: Sequence[PeerId], one_way_s: Mapping[PeerId, float], now_s: float) -> Actions:
@@ -137,7 +146,6 @@ class LendingAgent:
 
     def on_message(self, peer: PeerId, message: LoanBooking, now_s: float) -> Actions:
         """A peer says something; content has been checked to be one block of this pool."""
-        self.loans.book.hear(peer, now_s)
         return self._done(self._hear(peer, message, now_s), now_s)
 
     def on_tick(self, now_s: float) -> Actions:
@@ -167,6 +175,10 @@ class LendingAgent:
         self._leaving = True
         return self._done(self._leave(now_s), now_s)
 
+    def holders(self) -> list[list[int]]:
+        """Who holds blocks of the pool besides the scheduler."""
+        return [*self.loans.holders(), self._kept]
+
     def check(self) -> None:
         """Assert that the books agree with themselves."""
         self.loans.check()
@@ -184,6 +196,10 @@ class LendingAgent:
             if isinstance(action, Send) and action.peer == self.peer:
                 yield from self._own(self._hear(self.peer, action.message, now_s), now_s)
             else:
+                if isinstance(action, Send) and isinstance(action.message, LoanReserve | LoanRelease):
+                    self._renew[action.peer] = (
+                        None  # if it is lost, or its answer: the renewal says what is so
+                    )
                 yield action
 
     def _hear(self, peer: PeerId, message: LoanBooking, now_s: float) -> Iterator[LendingAction]:
@@ -219,8 +235,11 @@ class LendingAgent:
             case HomeOrder(creditor, kv_blocks):
                 if peer == self.manager(now_s):
                     debtor.bring_home(creditor, kv_blocks)
+            case YieldOrder():
+                if peer == self.manager(now_s):
+                    return self._yield(now_s)
             case LoanKeep():
-                pass
+                self.loans.book.hear(peer, now_s)
         return iter(())
 
     # -- as creditor -----------------------------------------------------------------------------------------
@@ -232,12 +251,15 @@ class LendingAgent:
         now_s: float,
     ) -> Iterator[LendingAction]:
         book = self.loans.book
+        book.hear(peer, now_s)
         match message:
             case LoanReserve(number, kv_blocks):
                 if self._leaving or peer not in self._group or peer == self.peer:
                     yield Send(peer, LoanNo(number, 0))
                     return
+                self._let_go()
                 answer = book.reserve(peer, number, kv_blocks, now_s)
+                self._keep_free(now_s)
                 if isinstance(answer, Granted):
                     yield Send(peer, LoanGrant(number, wire_blocks(answer.blocks)))
                 else:
@@ -268,6 +290,25 @@ class LendingAgent:
 
     def _named(self, recall: Recall) -> WireBlocks:
         return wire_blocks(map(self.loans.book.named, recall.kv_blocks))
+
+    def _yield(self, now_s: float) -> Iterator[LendingAction]:
+        """Compute again later what uses borrowed blocks or starves, and keep the memory for others for a while."""
+        yield from self._debtor.give_up()
+        self.loans.scheduler.give_way()
+        self._yields = 1 if now_s - self._held_until_s > 2 * _LONGEST_HOLD_S else self._yields + 1
+        hold_s = min(_LONGEST_HOLD_S, 2 * self.options.manage_s * 2 ** min(self._yields - 1, 10))
+        self._held_until_s = now_s + hold_s
+        self._keep_free(now_s)
+        yield LoansChanged()
+
+    def _keep_free(self, now_s: float) -> None:
+        """While it yields, what could be lent is lent or stays free: nobody here takes it meanwhile."""
+        if now_s < self._held_until_s and self.loans.book.lendable_blocks:
+            self._kept += self.loans.pool.allocate(self.loans.book.lendable_blocks)
+
+    def _let_go(self) -> None:
+        self.loans.pool.release(self._kept)
+        self._kept = []
 
     def _leave(self, now_s: float) -> Iterator[LendingAction]:
         yield from self._recall(self.loans.book.lent_blocks, now_s)
@@ -310,14 +351,23 @@ class LendingAgent:
         if expired:
             yield LoansChanged()
         yield from self._debtor.tick(now_s)
-        wanted = 0 if self._leaving else self._debtor.wanted_blocks()
+        yields = now_s < self._held_until_s
+        if not yields and self._kept:
+            self._let_go()
+            yield LoansChanged()
+        wanted = 0 if self._leaving or yields else self._debtor.wanted_blocks()
         if self.options.policy == "plan" and not self._starved:
             wanted = 0
         manager = self.manager(now_s)
         yield from self._debtor.search(min(wanted, MAX_LOAN_BLOCKS), manager, self._one_way_s, now_s)
         short = self.loans.scheduler.lending_facts().short_blocks - self.loans.pool.promised_blocks
         may_borrow = self.loans.scheduler.borrowable_blocks > self.loans.debts.borrowed_blocks
-        if short > 0 and self.loans.book.lent_blocks and (self._debtor.hunts_in_vain or not may_borrow):
+        if (
+            not yields
+            and short > 0
+            and self.loans.book.lent_blocks
+            and (self._debtor.hunts_in_vain or not may_borrow)
+        ):
             yield from self._recall(short, now_s)
         if now_s - self._beat_s >= self.options.heartbeat_s:
             self._beat_s = now_s
@@ -347,7 +397,8 @@ class LendingAgent:
             whole=whole,
             kv_blocks=pool.kv_blocks,
             free_blocks=pool.free_blocks,
-            lendable_blocks=0 if self._leaving else book.lendable_blocks,
+            lendable_blocks=0 if self._leaving else book.lendable_blocks + len(self._kept),
+            starving=_wire_order(facts.starving_order),
             spare_blocks=0 if facts.waiting else max(0, spare),
             running=facts.running,
             waiting=facts.waiting,
@@ -377,3 +428,8 @@ class LendingAgent:
             self._unfitted = 0
             self._times = fit_layer_times(self._samples, self._layers)
         return self._times
+
+
+def _wire_order(order: int | None) -> int | None:
+    """A priority in what a message has room for: sessions' begin with a time, and all are of one length."""
+    return None if order is None else order >> max(0, order.bit_length() - 62)

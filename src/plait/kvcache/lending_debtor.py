@@ -288,6 +288,17 @@ class DebtorSide:
         settled = min([self._hunt.settled, *(number - 1 for number in self._ordered)])
         return LoanRenew(wire_blocks(self._debts.numbers(creditor)), settled)
 
+    def give_up(self) -> Iterator[LendingAction]:
+        """Return all that is borrowed; who uses it computes again."""
+        everything = {
+            creditor: list(self._debts.numbers(creditor)) for creditor in self._debts.borrowed_from()
+        }
+        numbers = [number for peer in everything for number in self._debts.numbers(peer).values()]
+        self.counts.given_up_total += len(numbers)
+        self._loans.lose(numbers)
+        for creditor, blocks in everything.items():
+            yield Send(creditor, LoanRelease(wire_blocks(blocks)))
+
     def return_spent(self) -> Iterator[LendingAction]:
         """Give back what no block table names any more."""
         for creditor, blocks in self._debts.take_spent().items():

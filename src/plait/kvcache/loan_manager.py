@@ -19,13 +19,14 @@ from plait.wire import (
     MoveOrder,
     WireLayerTimes,
     WirePlacement,
+    YieldOrder,
 )
 
 # As long as nothing has been measured: a batch costs little more than one request, and moved blocks nothing.
 UNMEASURED = LayerTimes(layers=1, flat_s=1e-3, per_request_s=1e-5, per_token_s=0.0, per_holder_s=0.0)
 SILENT_BEATS = 5
 
-Order = tuple[PeerId, MoveOrder | HomeOrder]
+Order = tuple[PeerId, MoveOrder | HomeOrder | YieldOrder]
 
 
 class LoanManager:
@@ -36,6 +37,7 @@ class LoanManager:
         self._options = options
         self._block_tokens = block_tokens
         self._moved_s: dict[PeerId, float] = {}
+        self._starving: dict[PeerId, int] = {}
         self._planned_s = float("-inf")
 
     def hear(self, peer: PeerId, beat: LoanBeat, now_s: float) -> LoanBeatAsk | None:
@@ -58,7 +60,25 @@ class LoanManager:
         for silent in self.ledger.forget_silent(now_s - SILENT_BEATS * options.heartbeat_s):
             self._moved_s.pop(silent, None)
         moves = self._moves(now_s) if options.policy == "plan" else ()
-        return (*moves, *self._homeward(now_s))
+        return (*self._yielding(), *moves, *self._homeward(now_s))
+
+    def _yielding(self) -> tuple[Order, ...]:
+        """Of several that have starved since the last plan, the one whose request came last gives up what it holds.
+
+        Each may hold what another lacks; the earliest goes on, as in wound-wait (scheduling/idle.py), so not all wait.
+        """
+        starving = {
+            peer: row.heartbeat.starving
+            for peer, row in self.ledger.rows.items()
+            if row.heartbeat.starving is not None
+        }
+        still = [peer for peer, order in starving.items() if self._starving.get(peer) == order]
+        self._starving = starving
+        if len(still) < 2:
+            return ()
+        last = max(still, key=lambda peer: (starving[peer], peer))
+        del self._starving[last]
+        return ((last, YieldOrder()),)
 
     def _moves(self, now_s: float) -> tuple[Order, ...]:
         loads = [self._load(peer, row) for peer, row in self.ledger.rows.items()]
@@ -129,10 +149,11 @@ def heartbeat_of(peer: PeerId, beat: LoanBeat) -> DebtHeartbeat:
         lent=beat.lent,
         borrowed=beat.borrowed,
         spare_blocks=beat.spare_blocks,
+        starving=beat.starving,
         attended_tokens=beat.attended_tokens,
         mean_request_tokens=beat.mean_request_tokens,
         times=None
-        if times is None
+        if times is None or times.flat_s == 0  # no time at all would be divided by
         else LayerTimes(
             layers=times.layers,
             flat_s=times.flat_s,

@@ -277,6 +277,15 @@ class Scheduler:
             self._preempt(Victim(request, swap=False))
         return [request.id for request in victims]
 
+    def give_way(self) -> RequestId | None:
+        """Take its blocks from the request that starves, if one does and has any."""
+        assert self._step is None
+        request = self._requests.get(self._starving) if self._starving is not None else None
+        if request is None or not request.running:
+            return None
+        self._preempt(Victim(request, swap=False))
+        return request.id
+
     @property
     def borrowable_blocks(self) -> int:
         """Most blocks that may be borrowed at once."""
@@ -291,6 +300,7 @@ class Scheduler:
         computed = [sum(each.computed_tokens for each in request.live) for request in self._running]
         order = sorted(range(len(computed)), key=lambda place: -computed[place])[:_TOLD_REQUESTS]
         counted = [*self._running, *self._waiting[:1]]
+        starving = self.starving
         known_tokens = sum(len(each.token_ids) for request in counted for each in request.live)
         return LendingFacts(
             running=len(self._running),
@@ -298,6 +308,7 @@ class Scheduler:
             short_blocks=self._short_blocks(),
             computed_tokens=sum(computed),
             mean_request_tokens=known_tokens / max(1, len(counted)),
+            starving_order=self._requests[starving].order[0] if starving is not None else None,
             requests=tuple(
                 PlacedRequest(
                     self._running[place].id,
@@ -313,7 +324,7 @@ class Scheduler:
     @property
     def starving(self) -> RequestId | None:
         """The first request, if the latest step gave it nothing for want of blocks."""
-        return self._starving
+        return self._starving if self._starving in self._requests else None
 
     def _short_blocks(self) -> int:
         """Blocks that are short for all that is known of those running and of the first waiting, and one for each."""

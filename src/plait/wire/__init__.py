@@ -79,6 +79,7 @@ from plait.wire.loan_messages import (
     WireBlocks,
     WireLayerTimes,
     WirePlacement,
+    YieldOrder,
 )
 from plait.wire.membership_messages import (
     MAX_DIGEST,
@@ -246,6 +247,7 @@ __all__ = [
     "WireLayerTimes",
     "WirePlacement",
     "WireSampling",
+    "YieldOrder",
     "decode_hidden",
     "decode_message",
     "encode_frame",

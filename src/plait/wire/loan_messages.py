@@ -1,7 +1,7 @@
 """Messages by which machines lend each other KV memory, and attend over what they have lent (kvcache/ says how).
 
     instance → manager    LoanBeat, LoanWant             manager → instance   LoanBeatAsk, LoanCandidates
-                                                                             MoveOrder, HomeOrder
+                                                                             MoveOrder, HomeOrder, YieldOrder
     debtor → creditor     LoanReserve                    creditor → debtor    LoanGrant, LoanNo
                           BlockContent (a tensor)                             BlockStored
                           BlockAsk                                            BlockTold (a tensor), BlockGone
@@ -78,6 +78,7 @@ class LoanBeat(Bounded, frozen=True, tag="loan_beat", kw_only=True):
     lent: Debts
     borrowed: Debts
     changes: Annotated[tuple[WirePlacement, ...], Meta(max_length=MAX_BEAT_CHANGES)]
+    starving: Annotated[int, Meta(ge=-(2**62), le=2**62)] | None
     times: WireLayerTimes | None
 
 
@@ -192,6 +193,10 @@ class HomeOrder(Bounded, frozen=True, tag="home_order"):
     kv_blocks: Annotated[int, Meta(ge=1, le=MAX_LOAN_BLOCKS)]
 
 
+class YieldOrder(Bounded, frozen=True, tag="yield_order"):
+    """Several cannot go on because each holds what another lacks: give up yours for a while."""
+
+
 class Attend(Bounded, frozen=True, tag="attend", kw_only=True):
     """Attend the query that comes with this, first row at `position`, over blocks lent to the sender.
 
@@ -242,6 +247,7 @@ LoanBooking = (
     | LoanRecall
     | MoveOrder
     | HomeOrder
+    | YieldOrder
 )
 """What changes books, between steps."""
 AttendMessage = Attend | Attended | AttendRefused

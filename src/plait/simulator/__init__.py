@@ -11,6 +11,7 @@ The live system's decisions on a heap of events, for policies and capacity:
   event_heap.py          what happens next; random_streams.py: random numbers by name
   simulated_worker.py    a live scheduler, and a cost model in place of an engine
   simulated_gateway.py   the live router, and what the machines announce
+  simulated_lending.py   KV memory that machines lend each other; simulated_lender.py: one's end, with the live agent
   simulated_network.py   links; data_path.py: how requests (flight.py) flow over machines
   faults_of_run.py       what breaks when; cluster_faults.py: carries it out
   replay.py              a recorded live run again, with the times that its steps took
@@ -33,9 +34,10 @@ from plait.simulator.replay import (
     replay,
     work_of,
 )
-from plait.simulator.report import attained, latency_samples, report_of
+from plait.simulator.report import attained, latency_samples, lending_of, longest_context_tokens, report_of
 from plait.simulator.scenario import Scenario, load_scenario, parse_scenario
 from plait.simulator.scenario_run import objectives_of, run_of_scenario
+from plait.simulator.simulated_lender import LendingSpec, LendingTotals
 from plait.simulator.simulated_network import LinkSpec, NetworkSpec
 from plait.simulator.simulated_worker import MachineSpec, SimulatedWorker
 from plait.simulator.timeline import Timeline
@@ -51,6 +53,8 @@ __all__ = [
     "EventHeap",
     "EventKind",
     "FaultRate",
+    "LendingSpec",
+    "LendingTotals",
     "LinkSpec",
     "Livelock",
     "MachineSpec",
@@ -70,7 +74,9 @@ __all__ = [
     "decision_of",
     "draw_faults",
     "latency_samples",
+    "lending_of",
     "load_scenario",
+    "longest_context_tokens",
     "objectives_of",
     "parse_scenario",
     "replay",

@@ -9,6 +9,7 @@ from plait.simulator.event_heap import EventHeap, EventKind, ns_of
 from plait.simulator.faults_of_run import RunFault, check_fault
 from plait.simulator.flight import Flight
 from plait.simulator.simulated_gateway import SimulatedGateway
+from plait.simulator.simulated_lending import SimulatedLending
 from plait.simulator.simulated_network import GATEWAY, SimulatedNetwork
 from plait.simulator.simulated_worker import SimulatedWorker
 
@@ -39,8 +40,10 @@ class FaultInjector:
         flights: Mapping[RequestId, Flight],
         survivor: Survivor,
         silence_s: float,
+        lending: SimulatedLending | None = None,
     ) -> None:
         self._heap = heap
+        self._lending = lending
         self._network = network
         self._gateway = gateway
         self._flights = flights
@@ -114,6 +117,8 @@ class FaultInjector:
                 worker.relax()
             elif self.heard(worker):
                 self._gateway.hear(worker)
+            if self._lending is not None and worker.silent_until_ns <= self._heap.now_ns:
+                self._lending.see_again(worker)
         self._survivor.welcome()
 
     def _crash(self, worker: SimulatedWorker, end_ns: int) -> None:
@@ -127,12 +132,16 @@ class FaultInjector:
 
     def _restart(self, worker: SimulatedWorker) -> None:
         worker.restart()
+        if self._lending is not None:
+            self._lending.see_again(worker)
         if self.heard(worker):
             self._gateway.hear(worker)
         self._survivor.welcome()
 
     def _gone(self, worker: SimulatedWorker) -> None:
         self._gateway.lose(worker.peer)
+        if self._lending is not None:
+            self._lending.lose_sight(worker)
         for flight in list(self._flights.values()):
             if any(hop.worker is worker for hop in flight.hops):
                 self._survivor.recover(flight, frozenset({worker.peer}))
@@ -155,6 +164,8 @@ class FaultInjector:
     def _unheard(self, worker: SimulatedWorker) -> None:
         if not self.heard(worker):
             self._gateway.lose(worker.peer)
+        if self._lending is not None:
+            self._lending.change_groups()
 
     def _part(self, what: tuple[Flight, int]) -> None:
         flight, epoch = what

@@ -24,6 +24,7 @@ from plait.simulator.flight import Flight, HopProgress
 from plait.simulator.outcomes import Ending, Outcomes
 from plait.simulator.random_streams import stream
 from plait.simulator.simulated_gateway import SimulatedGateway
+from plait.simulator.simulated_lending import SimulatedLending
 from plait.simulator.simulated_network import NetworkSpec, SimulatedNetwork
 from plait.simulator.simulated_worker import MachineSpec, SimulatedWorker
 from plait.simulator.timeline import Timeline
@@ -47,7 +48,8 @@ class RunOptions:
     has to do. `max_model_tokens`: longer requests are refused at once. `asks`: what clients ask room for, who may know
     how long their answers will be (`answer`), to the next power of two (`power-of-two`), or not at all, and ask for
     `max_model_tokens` (`context`): Kwon et al. 2023, section 6.1. `silence_s`: a machine that is not heard of for so
-    long is given up. `check`: walk all books after every event, after every `check_every`-th, or at the end only.
+    long is given up. `loan_wait_s`: a request that lacks memory, and to which nobody lends any for so long, fails.
+    `check`: walk all books after every event, after every `check_every`-th, or at the end only.
     """
 
     seed: int = 0
@@ -58,6 +60,7 @@ class RunOptions:
     patience_s: float = 120.0
     announce_s: float = 5.0
     silence_s: float = 3.0
+    loan_wait_s: float = 60.0
     check: Literal["event", "some", "end"] = "some"
     check_every: int = 100_000
 
@@ -94,6 +97,15 @@ class ClusterRun:
             wish=options.wish,
             rng=stream(options.seed, "routing"),
         )
+        self.lending: SimulatedLending | None = None
+        if any(spec.lending is not None for spec in machines):
+            self.lending = SimulatedLending(
+                self.heap,
+                self.network,
+                self.workers.values(),
+                wait_s=options.loan_wait_s,
+                give_up=self._give_up,
+            )
         self.blocks = range(model_blocks)
         self.offered = 0
         self.in_flight_ns = 0
@@ -116,6 +128,7 @@ class ClusterRun:
             flights=self.path.flights,
             survivor=self,
             silence_s=options.silence_s,
+            lending=self.lending,
         )
         self._stagger()
         self._await_next()
@@ -133,13 +146,15 @@ class ClusterRun:
         while self._arriving or self.path.flights or self._waiting:
             if until_event is not None and heap.events >= until_event:
                 return
-            if heap.idle:
+            if heap.idle and not (self.lending is not None and self.lending.hopes):
                 raise Deadlock(self._deadlock())
             heap.step()
             if options.check == "event":
                 heap.blame(self._check_touched)
             elif options.check == "some" and heap.events % options.check_every == 0:
                 heap.blame(self.check)
+        if self.lending is not None:
+            self.lending.drain()
         self._finish()
 
     def check(self, *, touched_only: bool = False, empty: bool = False) -> None:
@@ -158,6 +173,8 @@ class ClusterRun:
             if worker.touched or not touched_only:
                 worker.touched = False
                 worker.check(empty=empty)
+        if self.lending is not None:
+            self.lending.check(touched_only=touched_only, empty=empty)
         assert len(self.path.flights) + len(self.outcomes) == self.offered, (
             "a request was lost or counted twice"
         )
@@ -367,6 +384,15 @@ class ClusterRun:
         self._waiting.remove(flight)
         waited = f"no machine had room, or none served some blocks, for {self.options.patience_s:g} s"
         self._end(flight, "failed" if flight.produced else "refused", waited)
+
+    def _give_up(self, request_id: RequestId) -> None:
+        """It needs more memory than a machine has, and for too long nobody lent any."""
+        flight = self.path.flights.get(request_id)
+        if flight is not None:
+            self.path.close(flight)
+            self.impossible(
+                flight, f"nobody lent the KV blocks that it needs within {self.options.loan_wait_s:g} s"
+            )
 
     def _end(self, flight: Flight, ending: Ending, reason: str = "") -> None:
         self._count_in_flight()

@@ -48,10 +48,37 @@ def report_of(run: ClusterRun, objectives: Objectives) -> dict[str, Any]:
         "latency_s": {name: _statistics(values, rng) for name, values in samples.items() if len(values)},
         "stalls": int(np.count_nonzero(samples["itl"] > STALL_S)),
         "peak_in_flight": run.peak_in_flight,
+        "longest_context_tokens": longest_context_tokens(outcomes),
         "mean_in_flight": run.in_flight_ns / max(run.heap.now_ns, 1),
         "machines": {worker.name: _machine(worker, run) for worker in run.workers.values()},
         "cluster": _cluster(run),
+        "lending": lending_of(run),
     }
+
+
+def lending_of(run: ClusterRun) -> dict[str, Any] | None:
+    """What machines lent each other, all together; None where they do not.
+
+    `waited_fraction`: of the time in which steps ran, that which they waited for remote parts longer than their own
+    attention took.
+    """
+    if run.lending is None:
+        return None
+    totals = [asdict(lender.totals) for lender in run.lending.lenders]
+    added = {name: sum(each[name] for each in totals) for name in totals[0]}
+    busy_ns = max(sum(worker.totals.busy_ns for worker in run.workers.values()), 1)
+    waited_ns, lent_ns = added.pop("waited_ns"), added.pop("lent_attention_ns")
+    return added | {
+        "waited_s": waited_ns / NS_PER_S,
+        "waited_fraction": waited_ns / busy_ns,
+        "lent_attention_s": lent_ns / NS_PER_S,
+    }
+
+
+def longest_context_tokens(outcomes: Outcomes) -> int:
+    """Prompt and answer together, of the longest request that finished."""
+    rows = outcomes.ended("finished")
+    return max((outcomes.prompt_tokens[row] + outcomes.output_tokens[row] for row in rows), default=0)
 
 
 def latency_samples(outcomes: Outcomes) -> dict[str, Floats]:

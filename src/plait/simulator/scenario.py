@@ -34,6 +34,10 @@ def _size(value: object) -> object:
     return value
 
 
+def _off(value: object) -> object:
+    return "off" if value is False else value  # which is how YAML reads the word
+
+
 Size = Annotated[int, BeforeValidator(_size), Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -185,6 +189,29 @@ class RunPart(_Part):
     check: Literal["event", "some", "end"] = "some"
 
 
+class LendingPart(_Part):
+    """Whether machines with the same blocks lend each other KV memory, and how; see `LendingOptions`, `LoanTerms`.
+
+    `oracle` is `pull` by somebody who knows how long every answer will be, with moves as fast as links are.
+    `lendable_fraction` and `keep_free_fraction` are of a machine's pool. `copy_bytes_per_s`: of blocks between pool and
+    link.
+    """
+
+    policy: Annotated[Literal["off", "pull", "plan", "oracle"], BeforeValidator(_off)] = "off"
+    lendable_fraction: float = Field(default=0.9, gt=0, le=1)
+    keep_free_fraction: float = Field(default=0.05, ge=0, lt=1)
+    moved_tokens_per_step: int = Field(default=16, ge=0)
+    heartbeat_s: Positive = 0.5
+    answer_within_s: Positive = 1.0
+    lease_s: Positive = 5.0
+    recall_s: Positive = 10.0
+    manage_s: Positive = 2.0
+    small_batch: int = Field(default=8, ge=1)
+    least_gain_fraction: NotNegative = 0.02
+    wait_s: Positive = 60.0
+    copy_bytes_per_s: Positive = 2e11
+
+
 class Scenario(_Part):
     """All of it. `context_tokens`: how long requests may be, where that is not what the model was made for."""
 
@@ -196,6 +223,7 @@ class Scenario(_Part):
     network: NetworkPart = NetworkPart()
     workload: WorkloadPart
     routing: RoutingPart = RoutingPart()
+    lending: LendingPart = LendingPart()
     faults: tuple[FaultPart, ...] = ()
     random_faults: tuple[FaultRatePart, ...] = ()
     objectives: ObjectivesPart = ObjectivesPart()

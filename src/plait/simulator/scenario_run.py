@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -22,6 +22,7 @@ from plait.costs import (
     interconnect_named,
 )
 from plait.errors import BadRequest, BadSetup
+from plait.kvcache import LendingOptions, LendingRules, LoanTerms
 from plait.metrics import Objectives
 from plait.model import ModelSpec, published_spec, read_spec
 from plait.routing import RouteWish, parse_pick
@@ -29,7 +30,15 @@ from plait.scheduling import StepLimits, policy_named
 from plait.simulator.cluster_run import ClusterRun, RunOptions
 from plait.simulator.faults_of_run import DEFAULT_STRENGTH, FaultRate, RunFault, check_fault, draw_faults
 from plait.simulator.random_streams import stream
-from plait.simulator.scenario import ConversationsPart, LinearPart, LinkPart, MachinePart, Scenario
+from plait.simulator.scenario import (
+    ConversationsPart,
+    LendingPart,
+    LinearPart,
+    LinkPart,
+    MachinePart,
+    Scenario,
+)
+from plait.simulator.simulated_lender import LendingSpec
 from plait.simulator.simulated_network import LinkSpec, NetworkSpec
 from plait.simulator.simulated_worker import MachineSpec
 from plait.simulator.timeline import Timeline
@@ -51,6 +60,9 @@ _PARSERS = MappingProxyType(
 )
 KV_FRACTION = 0.9
 """Part of a device's memory that weights and cache fill; the rest is for activations, as in vLLM."""
+
+
+_UNTHROTTLED_TOKENS = 2**31  # beside a step: as many as are in flight at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +121,7 @@ def run_of_scenario(scenario: Scenario, folder: Path, *, timeline: Timeline | No
     machines = [
         machine for part in scenario.machines for machine in _machines(part, spec, folder, seed=scenario.seed)
     ]
+    machines = _with_lending(scenario.lending, machines, spec)
     requests = _requests(scenario, spec, folder)
     names = [machine.name for machine in machines]
     return ClusterRun(
@@ -231,6 +244,61 @@ def _kv_bytes(part: MachinePart, costs: CostModel) -> int:
     return int(memory_bytes * KV_FRACTION) - costs.weight_bytes
 
 
+def _with_lending(part: LendingPart, machines: list[MachineSpec], spec: ModelSpec) -> list[MachineSpec]:
+    """The machines, with what they lend and may borrow."""
+    if part.policy == "off":
+        return machines
+    lendable = {machine.name: int(part.lendable_fraction * machine.kv_blocks) for machine in machines}
+    lending: list[MachineSpec] = []
+    for machine in machines:
+        group = [each for each in machines if each.blocks == machine.blocks and each is not machine]
+        if any(each.block_tokens != machine.block_tokens for each in group):
+            raise BadSetup(
+                f"machine {machine.name!r} lends KV blocks to machines whose blocks differ; give all machines "
+                "of the same blocks the same block_tokens, or turn lending off"
+            )
+        if machine.policy.reserves:
+            raise BadSetup(
+                f"machine {machine.name!r} cannot lend: its scheduling {machine.policy.name!r} reserves blocks ahead; "
+                "take paged, or turn lending off"
+            )
+        # A query's size is counted from the shape; quantised caches are attended in full precision.
+        shape = SpanShape(spec, machine.blocks, Formats(weights="bf16", kv="bf16"))
+        borrowable = sum(lendable[each.name] for each in group)
+        lending.append(
+            replace(
+                machine,
+                limits=replace(machine.limits, borrowable_blocks=borrowable),
+                lending=_lending(part, machine, lendable[machine.name], shape),
+            )
+        )
+    return lending
+
+
+def _lending(part: LendingPart, machine: MachineSpec, lendable_blocks: int, shape: SpanShape) -> LendingSpec:
+    oracle = part.policy == "oracle"
+    return LendingSpec(
+        options=LendingOptions(
+            policy="plan" if part.policy == "plan" else "pull",
+            moved_tokens_per_step=_UNTHROTTLED_TOKENS if oracle else part.moved_tokens_per_step,
+            heartbeat_s=part.heartbeat_s,
+            answer_within_s=part.answer_within_s,
+            manage_s=part.manage_s,
+            rules=LendingRules(small_batch=part.small_batch, least_gain_fraction=part.least_gain_fraction),
+        ),
+        terms=LoanTerms(
+            lendable_blocks=lendable_blocks,
+            keep_free_blocks=int(part.keep_free_fraction * machine.kv_blocks),
+            lease_s=part.lease_s,
+            recall_s=part.recall_s,
+        ),
+        query_bytes_per_token=shape.query_bytes_per_token,
+        part_bytes_per_token=shape.part_bytes_per_token,
+        copy_bytes_per_s=part.copy_bytes_per_s,
+        knows_lengths=oracle,
+    )
+
+
 def _network(scenario: Scenario) -> NetworkSpec:
     def link(part: LinkPart) -> LinkSpec:
         return LinkSpec(one_way_s=part.one_way_s, bandwidth_bytes_per_s=part.bandwidth_bytes_per_s)
@@ -314,6 +382,7 @@ def _options(scenario: Scenario, max_model_tokens: int) -> RunOptions:
         patience_s=run.patience_s,
         announce_s=run.announce_s,
         silence_s=run.silence_s,
+        loan_wait_s=scenario.lending.wait_s,
         check=run.check,
     )
 

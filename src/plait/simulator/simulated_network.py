@@ -90,6 +90,11 @@ class SimulatedNetwork:
         way.last_arrival_ns = max(arrival_ns, way.last_arrival_ns)
         return way.last_arrival_ns
 
+    def delay_ns(self, sender: str, receiver: str) -> int:
+        """Delay of the smallest message as things are now, on an open and idle way."""
+        slowed_ns = self._slowed_ns.get(sender, 0) + self._slowed_ns.get(receiver, 0)
+        return ns_of(self.one_way_s(sender, receiver)) + slowed_ns
+
     @property
     def faulty(self) -> bool:
         """Whether anything is, or was, the matter with it."""

@@ -23,6 +23,7 @@ from plait.scheduling import (
     gather_until_s,
 )
 from plait.simulator.event_heap import NS_PER_S, EventHeap, EventKind, ns_of
+from plait.simulator.simulated_lender import LendingSpec, SimulatedLender
 
 _SMOOTHING = 0.1  # of the announced duration of steps, as workers do
 _USAGE_EVERY_STEPS = 16  # walking every block table costs more than a step
@@ -34,6 +35,7 @@ class MachineSpec:
 
     `kv_blocks` of `block_tokens` tokens fit on its device, `host_kv_blocks` more where preempted requests are swapped
     to. `site` names the place it is at: links within a site are short. `price_per_hour` is its price, 0 if unknown.
+    With `lending` it lends KV memory to machines with the same blocks, and borrows theirs.
     """
 
     name: str
@@ -47,6 +49,7 @@ class MachineSpec:
     host_kv_blocks: int = 0
     site: str = ""
     price_per_hour: float = 0.0
+    lending: LendingSpec | None = None
 
 
 @dataclass(slots=True)
@@ -95,6 +98,9 @@ class SimulatedWorker:
         """Tokens of prompts that have arrived and did not run yet, as announced."""
         self.rounds: dict[RequestId, Round]
         """How the sessions that it has go round their chains."""
+        self.asked_tokens: dict[RequestId, int]
+        """How long those may become."""
+        self.lender: SimulatedLender | None = None
         self.touched = True
         """Whether anything happened to it that its books should be walked after; whoever walks them takes it back."""
         self.scheduler: Scheduler
@@ -123,13 +129,16 @@ class SimulatedWorker:
         """
         self.scheduler.submit(request)
         self.rounds[request.id] = round
+        self.asked_tokens[request.id] = request.max_sequence_tokens
         self.wake()
 
-    def between_steps(self, action: Callable[[Any], None], what: Any) -> None:
+    def between_steps(self, action: Callable[[Any], None], what: Any, *, wakes: bool = True) -> None:
         """Do something that must not happen while a step runs: now, or when the step has run."""
         if self._step is None:
+            self.touched = True
             action(what)
-            self.wake()
+            if wakes:
+                self.wake()
         else:
             self._inbox.append((action, what))
 
@@ -137,12 +146,13 @@ class SimulatedWorker:
         """Free all that a request holds here; an unknown one is fine."""
         self.scheduler.cancel(request_id)
         self.rounds.pop(request_id, None)
+        self.asked_tokens.pop(request_id, None)
         self.wake()
 
     def finish(self, request_id: RequestId) -> None:
         """It has run to its end, between two steps."""
         self.scheduler.finish(request_id)
-        del self.rounds[request_id]
+        del self.rounds[request_id], self.asked_tokens[request_id]
 
     def wake(self) -> None:
         """Something may have changed: decide on a step, once all that happens at this instant has happened."""
@@ -162,6 +172,8 @@ class SimulatedWorker:
     def crash(self) -> None:
         """Lose everything in memory, at once."""
         self.note_counts()
+        if self.lender is not None:
+            self.lender.die()
         self.up = False
         self.totals.crashes += 1
         self._life += 1
@@ -176,6 +188,8 @@ class SimulatedWorker:
         self.up = True
         self._paused_until_ns = 0
         self._build()
+        if self.lender is not None:
+            self.lender.build()
 
     def pause(self, until_ns: int) -> None:
         """Stand still: what runs ends that much later, what arrives waits."""
@@ -200,12 +214,27 @@ class SimulatedWorker:
 
     # Steps.
 
+    @property
+    def computes(self) -> bool:
+        """Whether a step runs."""
+        return self._step is not None
+
+    def undo_step(self) -> None:
+        """The running step cannot be computed: a machine that it needed is gone. The same tokens are due again."""
+        step, self._step = self._step, None
+        assert step is not None and self.lender is not None
+        self._life += 1  # what was to end it is void
+        self.scheduler.undo(step)
+        self.lender.forget_step()
+        self._read_inbox()
+        self.wake()
+
     def _build(self) -> None:
         spec = self.spec
         host_pool = KvBlockPool(spec.host_kv_blocks, spec.block_tokens) if spec.host_kv_blocks else None
         self.pool = KvBlockPool(spec.kv_blocks, spec.block_tokens)
         self.scheduler = Scheduler(spec.policy, self.pool, host_pool, spec.limits)
-        self.rounds = {}
+        self.rounds, self.asked_tokens = {}, {}
         self._taken = []
 
     def _begin(self, life: int) -> None:
@@ -218,12 +247,17 @@ class SimulatedWorker:
         self._woken = False
         if self._gathers():
             return
+        lender = self.lender
+        if lender is not None:
+            lender.before_step()
         step = self.scheduler.schedule()
         while not step.chunks and (step.admitted or step.preempted):
             self.scheduler.complete(step)
             step = self.scheduler.schedule()
         if not step.chunks:
             self.scheduler.complete(step)
+            if lender is not None:
+                lender.after_step(None)
             return
         self._step, self._step_began_ns = step, self._heap.now_ns
         sampled = 0
@@ -235,7 +269,13 @@ class SimulatedWorker:
             sampled += samples
         work = StepWork(tuple(new_tokens), tuple(context_tokens), sampled)
         costs, totals = self.spec.costs, self.totals
-        step_s = (costs.step_s(work) + costs.host_s(work)) * self.slowness
+        if lender is None:
+            step_s = (costs.step_s(work) + costs.host_s(work)) * self.slowness
+        else:
+            lent_step_s = lender.step_s(step, work)
+            if lent_step_s is None:
+                return  # until it is known that a machine that it needs is gone
+            step_s = lent_step_s
         self.step_s += (step_s - self.step_s) * (_SMOOTHING if self.step_s else 1.0)
         if work.features.tokens <= SHARED_TOKENS:
             smoothing = _SMOOTHING if self._small_step_s else 1.0
@@ -277,16 +317,28 @@ class SimulatedWorker:
         if self._paused_until_ns > now_ns:
             self._heap.at(self._paused_until_ns, EventKind.DONE, self.name, self._done, life)
             return
+        lender = self.lender
+        if lender is not None:
+            if lender.resumes_ns() > now_ns:
+                self._heap.at(lender.resumes_ns(), EventKind.DONE, self.name, self._done, life)
+                return
+            if lender.refused():
+                self.undo_step()
+                return
         step, self._step = self._step, None
         assert step is not None
         self.totals.busy_ns += now_ns - self._step_began_ns
         self.scheduler.complete(step)
         self._on_step(self, step, self._step_began_ns)
-        if self._inbox:
-            inbox, self._inbox = self._inbox, []
-            for action, what in inbox:
-                action(what)
+        if lender is not None:
+            lender.after_step(step)
+        self._read_inbox()
         self.wake()
+
+    def _read_inbox(self) -> None:
+        inbox, self._inbox = self._inbox, []
+        for action, what in inbox:
+            action(what)
 
     # What it says of itself.
 
@@ -299,7 +351,8 @@ class SimulatedWorker:
         """Assert all invariants of its books; with `empty`, that nothing holds memory any more."""
         if not self.up:
             return
-        self.scheduler.check(self._taken)
+        lent = self.lender.holders() if self.lender is not None else []
+        self.scheduler.check([*self._taken, *lent])
         if empty:
             assert not self.scheduler.has_requests, f"{self.name} still has requests"
             assert not self.rounds, f"{self.name} still has sessions"
@@ -317,6 +370,8 @@ class SimulatedWorker:
         """Add what the present scheduler has counted to the totals: before its memory is lost, and at the end."""
         if not self.up:
             return
+        if self.lender is not None:
+            self.lender.note_counts()
         counts = self.scheduler.counts()
         self.totals.preemptions += counts.preemptions_total
         self.totals.prefix_query_tokens += counts.prefix_query_tokens_total

@@ -103,7 +103,7 @@ def test_a_profile_that_was_cut_or_overwritten_is_refused_or_usable(noise: bytes
         (json.dumps(GOOD).replace('"per_step_s": ', '"per_step_s": 1e999, "x": '), "is no profile"),
         (b" " * (MAX_PROFILE_BYTES + 1), "larger than any profile"),
         (json.dumps({"format": "plait-profile", "version": 99}), "of version 99"),
-        (json.dumps({"format": "a novel", "version": 1, "pages": 300}), "'a novel' of version 1"),
+        (json.dumps({"format": "a novel", "version": 2, "pages": 300}), "'a novel' of version 2"),
         (json.dumps({**GOOD, "regression": [1.0]}), "regression has 6 coefficients"),
         (
             json.dumps({**GOOD, "regression": [-1.0] * 6}),

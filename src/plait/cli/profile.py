@@ -36,8 +36,12 @@ def profile(
     sequences: Annotated[int, typer.Option("--sequences", help="Most sequences that decode together.")] = 64,
     repeats: Annotated[int, typer.Option("--repeats", help="How often each point is measured.")] = 9,
     live_steps: Annotated[
-        int, typer.Option("--live-steps", help="Steps of the engine to check against.")
-    ] = 120,
+        int, typer.Option("--live-steps", help="Steps of the engine to fit and to check.")
+    ] = 240,
+    temperature: Annotated[
+        float,
+        typer.Option("--temperature", help="Of the engine's requests; at 0 the host has less to do."),
+    ] = 1.0,
     clock: Annotated[
         str,
         typer.Option("--clock", help="wall, or cpu: a busy machine's processor time, with --threads 1."),
@@ -77,6 +81,7 @@ def profile(
         sequences=sequences,
         repeats=repeats,
         live_steps=live_steps,
+        temperature=temperature,
         clock=clock,
         seed=settings.engine.seed,
     )

@@ -7,6 +7,7 @@ roofline.py   a `CostModel` of peaks and efficiencies: published ones (devices.p
 collectives.py what several devices in one machine pay to compute together: interconnects with published figures
 tables.py     a `CostModel` of tables of measured operations; blend.py: curves and grids
 regression.py a `CostModel` of six coefficients; measured.py: what it shares with tables
+live_factors.py factors between a grid and an engine
 noise.py      any of them, with the scatter that was measured; accuracy.py: how far predictions are off
 profile.py    a machine's measurements; profile_file.py: as a file
 energy.py     watts to joules
@@ -35,6 +36,7 @@ from plait.costs.links import (
     start_flow,
     stop_flow,
 )
+from plait.costs.live_factors import LiveFactors, fit_live_factors
 from plait.costs.measured import Domain, SpanFacts
 from plait.costs.model import NO_OVERHEAD, CostModel, HostOverhead, IdealSeconds
 from plait.costs.noise import NoisyCosts
@@ -45,6 +47,7 @@ from plait.costs.profile import (
     OperationSample,
     Profile,
     ProfiledModel,
+    apply_factors,
     check_fingerprint,
     predict,
     tables_of,
@@ -58,7 +61,7 @@ from plait.costs.regression import (
 )
 from plait.costs.roofline import ASSUMED, PERFECT, Efficiency, RooflineCosts
 from plait.costs.shape import OperationWork, SpanShape
-from plait.costs.tables import OperationTables, TableCosts
+from plait.costs.tables import OperationTables, StepParts, TableCosts
 from plait.costs.work import StepFeatures, StepWork
 
 __all__ = [
@@ -83,6 +86,7 @@ __all__ = [
     "IdealSeconds",
     "Interconnect",
     "Links",
+    "LiveFactors",
     "NoisyCosts",
     "Operation",
     "OperationSample",
@@ -98,9 +102,11 @@ __all__ = [
     "SpanFacts",
     "SpanShape",
     "StepFeatures",
+    "StepParts",
     "StepWork",
     "TableCosts",
     "advance",
+    "apply_factors",
     "calibrated_roofline",
     "change_links",
     "check_fingerprint",
@@ -108,6 +114,7 @@ __all__ = [
     "device_named",
     "fair_rates",
     "fit_host",
+    "fit_live_factors",
     "fit_steps",
     "format_profile",
     "formats_of",

@@ -28,6 +28,10 @@ class Curve:
         """The largest place that was measured."""
         return self.places[-1]
 
+    def times(self, factor: float) -> "Curve":
+        """Every value multiplied."""
+        return Curve(self.places, tuple(factor * value for value in self.values))
+
     def at(self, place: float) -> float:
         """The value at a place; never below 0."""
         if place <= self.places[0] or len(self.places) == 1:
@@ -59,6 +63,10 @@ class Grid:
     def last_place(self) -> float:
         """The largest place of any row."""
         return max(curve.last for curve in self.curves)
+
+    def times(self, factor: float) -> "Grid":
+        """Every value multiplied."""
+        return Grid(self.rows, tuple(curve.times(factor) for curve in self.curves))
 
     def at(self, row: float, place: float) -> float:
         """Blended in both directions."""

@@ -10,6 +10,7 @@ from typing import Literal
 from plait.costs.accuracy import PredictionErrors
 from plait.costs.blend import Curve, Grid
 from plait.costs.links import SharedLink
+from plait.costs.live_factors import LiveFactors
 from plait.costs.measured import SpanFacts
 from plait.costs.model import HostOverhead
 from plait.costs.regression import RegressionCosts
@@ -17,7 +18,7 @@ from plait.costs.tables import OperationTables, TableCosts
 from plait.errors import BadSetup, MissingCost
 
 PROFILE_FORMAT = "plait-profile"
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 
 Operation = Literal["dense", "head", "prefill", "decode"]
 
@@ -61,9 +62,11 @@ class Profile:
     """One machine, one model. `clock`: `wall`, or `cpu` for the time that the one computing thread was running.
 
     `tables`, `regression` and `samples` are of the measured blocks, with the head if they end the model; `facts` are of
-    the whole model.
+    the whole model. `tables` are the samples times `factors`; those and `host` were fitted to every other step of the
+    engine, whose tokens were drawn at `temperature`.
 
-    `errors`: of held-out points by operation, and of whole steps by model (`steps`, `steps by regression`).
+    `errors`: of held-out points by operation, and by model (`steps`, `steps by regression`) of the steps of the engine
+    that took part in no fit.
     """
 
     format: str
@@ -74,7 +77,9 @@ class Profile:
     model: ProfiledModel
     clock: Literal["wall", "cpu"]
     facts: SpanFacts
+    temperature: float
     host: HostOverhead
+    factors: LiveFactors
     tables: OperationTables
     regression: tuple[float, ...]
     links: Mapping[str, SharedLink]
@@ -196,6 +201,17 @@ def tables_of(
         prefill=grid("prefill"),
         decode=grid("decode"),
         most_context_tokens=most_context_tokens,
+    )
+
+
+def apply_factors(tables: OperationTables, factors: LiveFactors) -> OperationTables:
+    """Tables as an engine finds them."""
+    return replace(
+        tables,
+        dense=tables.dense.times(factors.dense),
+        head=tables.head.times(factors.dense) if tables.head else None,
+        prefill=tables.prefill.times(factors.prefill) if tables.prefill else None,
+        decode=tables.decode.times(factors.decode) if tables.decode else None,
     )
 
 

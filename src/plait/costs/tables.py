@@ -47,6 +47,15 @@ class OperationTables:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class StepParts:
+    """Seconds of a step by kind of table: everything but attention, attention of prompts, of decoding sequences."""
+
+    dense_s: float
+    prefill_s: float
+    decode_s: float
+
+
 class TableCosts(MeasuredCosts):
     """The `CostModel` of a span, from tables; the answers add up over the spans of a model.
 
@@ -78,23 +87,30 @@ class TableCosts(MeasuredCosts):
         return self._facts.power.step_j(self._seconds(work))
 
     def attention_s(self, work: StepWork) -> float:
-        """The attention of a step.
-
-        Raises:
-            MissingCost: its kind of attention was not measured.
-        """
         return self._block_share * (self._decode_s(work.features) + self._prefill_s(work))
 
-    def _seconds(self, work: StepWork) -> float:
-        tables = self._tables
-        seconds = self._block_share * tables.dense.at(work.features.tokens) + self.attention_s(work)
+    def parts_s(self, work: StepWork) -> StepParts:
+        """What adds up to a step; the same errors as `step_s`, but for the domain.
+
+        Raises:
+            MissingCost: an operation was not measured.
+        """
+        dense_s = self._block_share * self._tables.dense.at(work.features.tokens)
         if self._decides and work.sampled:
-            if tables.head is None:
+            if self._tables.head is None:
                 raise MissingCost(
                     "the head was not measured: this table is of a span that does not end its model"
                 )
-            seconds += tables.head.at(work.sampled)
-        return seconds
+            dense_s += self._tables.head.at(work.sampled)
+        return StepParts(
+            dense_s,
+            self._block_share * self._prefill_s(work),
+            self._block_share * self._decode_s(work.features),
+        )
+
+    def _seconds(self, work: StepWork) -> float:
+        parts = self.parts_s(work)
+        return parts.dense_s + parts.prefill_s + parts.decode_s
 
     def _decode_s(self, features: StepFeatures) -> float:
         if not features.decodes:

@@ -1,8 +1,8 @@
 # pyright: standard
 """The real engine under a load of made-up requests, step by step.
 
-These steps took no part in any fit of the device's time: they say how well tables and regression predict what the
-scheduler makes of requests. Half of them fit the host's part of a step, the other half judges that too.
+Every other step says by what factors an engine differs from a grid, and fits the host's part of a step. The steps
+between them take part in no fit: they say how well tables and regression predict what the scheduler makes of requests.
 """
 
 import time
@@ -11,7 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from plait.costs import CostModel, HostOverhead, PredictionErrors, StepWork, fit_host, prediction_errors
+from plait.costs import (
+    CostModel,
+    HostOverhead,
+    LiveFactors,
+    PredictionErrors,
+    StepWork,
+    TableCosts,
+    fit_host,
+    fit_live_factors,
+    prediction_errors,
+)
 from plait.engine import Engine, SpanEngine, Tokenizer
 from plait.ids import RequestId
 from plait.kvcache import KvBlockPool
@@ -54,6 +64,7 @@ def run_live(
     steps: int,
     step_tokens: int,
     sequences: int,
+    temperature: float,
     rng: np.random.Generator,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[LiveStep, ...]:
@@ -62,7 +73,7 @@ def run_live(
     Steps that are not clean are left out, unless the machine is so busy that there are hardly others.
 
     Requests come in waves, so that steps with few and many sequences, with prompts and without, all occur. Tokens are
-    sampled (greedy choices would repeat themselves), and no answer ends early.
+    drawn at `temperature` (greedy choices repeat themselves, which experts notice), and no answer ends early.
     """
     engine = Engine(
         decoder=stopwatch,
@@ -89,7 +100,7 @@ def run_live(
             prompts, outputs = _CHAT.draw(wave, rng, most_total_tokens=span.max_model_tokens - 1)
             for prompt, output in zip(prompts.tolist(), outputs.tolist(), strict=True):
                 ids = tuple(rng.integers(0, vocabulary, prompt).tolist())
-                sampling = SamplingParams(max_tokens=output, ignore_eos=True, temperature=1.0)
+                sampling = SamplingParams(max_tokens=output, ignore_eos=True, temperature=temperature)
                 engine.add(
                     GenerationRequest(
                         id=RequestId(f"profile-{added}"), prompt_token_ids=ids, sampling=sampling
@@ -115,19 +126,24 @@ def run_live(
     return tuple(kept[:steps] if len(kept) >= steps // 2 else taken[_WARM_UP_STEPS:])
 
 
-def fit_and_judge(
-    steps: Sequence[LiveStep], models: dict[str, CostModel]
-) -> tuple[HostOverhead, dict[str, PredictionErrors]]:
-    """The host's overhead from the even steps; errors over all steps (device), over the odd ones (with the host)."""
-    host = fit_host([step.work for step in steps[::2]], [step.host_s for step in steps[::2]])
-    errors: dict[str, PredictionErrors] = {}
+def fit(steps: Sequence[LiveStep], tables: TableCosts) -> tuple[LiveFactors, HostOverhead]:
+    """What the even steps say of the tables of a grid and of the host."""
+    even = steps[::2]
+    works = [step.work for step in even]
+    factors = fit_live_factors([tables.parts_s(work) for work in works], [step.device_s for step in even])
+    return factors, fit_host(works, [step.host_s for step in even])
+
+
+def judge(
+    steps: Sequence[LiveStep], models: dict[str, CostModel], host: HostOverhead
+) -> dict[str, PredictionErrors]:
+    """Errors over the odd steps: of the device's time, and with the host's."""
+    odd, errors = steps[1::2], dict[str, PredictionErrors]()
     for name, model in models.items():
-        errors[name] = prediction_errors(
-            [model.step_s(step.work) for step in steps], [step.device_s for step in steps]
-        )
-        judged = steps[1::2]
+        predicted_s = [model.step_s(step.work) for step in odd]
+        errors[name] = prediction_errors(predicted_s, [step.device_s for step in odd])
         errors[f"{name}, with the host"] = prediction_errors(
-            [model.step_s(step.work) + host.of(step.work) for step in judged],
-            [step.device_s + step.host_s for step in judged],
+            [seconds + host.of(step.work) for seconds, step in zip(predicted_s, odd, strict=True)],
+            [step.device_s + step.host_s for step in odd],
         )
-    return host, errors
+    return errors

@@ -13,10 +13,12 @@ from plait.costs import (
     PROFILE_FORMAT,
     PROFILE_VERSION,
     CostModel,
+    LiveFactors,
     Profile,
     ProfiledModel,
     SpanFacts,
     SpanShape,
+    apply_factors,
     calibrated_roofline,
     formats_of,
 )
@@ -34,7 +36,7 @@ from plait.errors import BadSetup
 from plait.model import ModelSpec
 from plait.profiler.fingerprint import hardware_fingerprint, library_versions
 from plait.profiler.grid import ProfileGrid
-from plait.profiler.live import fit_and_judge, run_live
+from plait.profiler.live import fit, judge, run_live
 from plait.profiler.loopback import measure_loopback
 from plait.profiler.operations import MeasuredOperations, measure_operations
 from plait.profiler.stopwatch import Clock, PassMaker, Stopwatch
@@ -49,7 +51,8 @@ OnProgress = Callable[[str, int, int], None]
 class ProfileWish:
     """What to measure. `blocks` None: all; a few of the last stand for all where all are equal.
 
-    `clock` `cpu` counts the time in which the computing thread ran; it needs a CPU and one thread.
+    `temperature` is that of the engine's requests: 0 takes the best token, for which the host has less to do. `clock`
+    `cpu` counts the time in which the computing thread ran; it needs a CPU and one thread.
     """
 
     name: str
@@ -58,7 +61,8 @@ class ProfileWish:
     context_tokens: int = 4096
     sequences: int = 64
     repeats: int = 9
-    live_steps: int = 120
+    live_steps: int = 240
+    temperature: float = 1.0
     clock: Clock = "wall"
     seed: int = 0
 
@@ -114,10 +118,13 @@ def profile_model(
         steps=wish.live_steps,
         step_tokens=min(grid.step_tokens, options.limits.step_tokens),
         sequences=min(wish.sequences, grid.step_tokens),
+        temperature=wish.temperature,
         rng=rng,
         on_progress=lambda done, all: report("engine", done, all),
     )
-    host, errors = fit_and_judge(steps, _models(profile, spec))
+    factors, host = fit(steps, profile.table_costs(extrapolates=True))
+    profile = replace(profile, factors=factors, tables=apply_factors(profile.tables, factors))
+    errors = judge(steps, _models(profile, spec), host)
     return replace(profile, host=host, errors={**profile.errors, **errors})
 
 
@@ -128,6 +135,8 @@ def _check(wish: ProfileWish, options: EngineOptions, spec: ModelSpec, blocks: r
         )
     if wish.repeats < 1 or wish.live_steps < 20:
         raise BadSetup("a profile needs at least 1 repeat and 20 steps of the engine")
+    if not 0 <= wish.temperature <= 2:
+        raise BadSetup(f"temperature {wish.temperature} is not between 0 and 2")
     if blocks.stop != len(spec.blocks) or (blocks != spec.all_blocks and not _equal_blocks(spec)):
         raise BadSetup(
             f"blocks {blocks.start}:{blocks.stop} cannot stand for all {len(spec.blocks)}: take the last ones of a "
@@ -168,7 +177,9 @@ def _profile(
             kv_bytes_per_token=round(sum(sizes.kv_bytes_per_token)),
             hidden_bytes_per_token=spec.hidden * _HIDDEN_BYTES,
         ),
+        temperature=wish.temperature,
         host=NO_OVERHEAD,
+        factors=LiveFactors(),
         tables=measured.tables,
         regression=measured.regression,
         links={"loopback": measure_loopback()},

@@ -41,7 +41,7 @@ def peer_of(place: int) -> PeerId:
 class Asked:
     prompt: list[int]
     total: int
-    got: list[int] = field(default_factory=list)
+    got: list[int] = field(default_factory=list[int])
     done: bool = False
 
 
@@ -64,8 +64,8 @@ class Machine:
         pool = self.pool = KvBlockPool(self.kv_blocks, BLOCK_TOKENS)
         limits = StepLimits(step_tokens=8, borrowable_blocks=self.borrowable, watermark_fraction=0.0)
         self.scheduler = Scheduler(policy_named("paged"), pool, None, limits)
-        terms = LoanTerms(lendable_blocks=self.kv_blocks - 2, lease_s=2.0, recall_s=1.5)
         first = self.starts * 10**6
+        terms = LoanTerms(lendable_blocks=self.kv_blocks - 2, lease_s=2.0, recall_s=1.5)
         self.loans = BlockLoans(self.scheduler, pool, terms, first_generation=first)
         self.agent = LendingAgent(self.peer, self.loans, self.world.options, first_number=first)
         self.memory: dict[int, list[int]] = {}
@@ -144,8 +144,8 @@ class Machine:
 
     def read_there(self, number: int, wanted: list[int]) -> bool:
         place = self.loans.debts.place(number)
-        holder = self.world.machines[place.creditor]
-        if not holder.alive or self.world.cut(self.peer, place.creditor):
+        holder = self.world.machines.get(place.creditor)
+        if holder is None or not holder.alive or self.world.cut(self.peer, place.creditor):
             return False
         if not holder.agent.may_read(self.peer, [place.block]):
             return False

@@ -42,9 +42,10 @@ SLOWER = (1.0, 4.0, 16.0)
 
 
 def flags_of(policy: str, **settings: Any) -> tuple[str, ...]:
-    """Flags of `plait join`."""
+    """Flags of `plait join`: whole pools may be lent, but for what is kept free."""
     if policy in ("off", "one"):
         return ()
+    settings = {"borrow_tokens": 8192, "lend_fraction": 1.0} | settings
     flags = [f"lending.{name}={value}" for name, value in settings.items()]
     return ("--lending", policy, *(word for flag in flags for word in ("--set", flag)))
 
@@ -62,7 +63,7 @@ class LiveBench:
     # -- parts: each returns raw samples, and what they sum up to --------------------------------------------
 
     def exact(self) -> tuple[Any, dict[str, Any]]:
-        with self.pools(exactness.POOLS, flags_of("pull", borrow_tokens=4096)) as swarm:
+        with self.pools(exactness.POOLS, flags_of("pull")) as swarm:
             runs = exactness.exactness(swarm, self._one, self._options.offsets, self._options.long)
         return [asdict(run) for run in runs], {
             "answers": len(runs),
@@ -75,7 +76,7 @@ class LiveBench:
         }
 
     def kill(self) -> tuple[Any, dict[str, Any]]:
-        with self.pools(kills.POOLS, flags_of("pull", borrow_tokens=4096)) as swarm:
+        with self.pools(kills.POOLS, flags_of("pull")) as swarm:
             trials = kills.KillTrials(swarm, self._one, self._options.seed)
             trials.run(self._options.trials)
         summary: dict[str, Any] = {}
@@ -97,7 +98,7 @@ class LiveBench:
         for creditors in (1, 2):
             names = [f"creditor{place}" for place in range(creditors)]
             pools = {"debtor": 32, **dict.fromkeys(names, 192 // creditors)}
-            with self.pools(pools, flags_of("pull", borrow_tokens=4096, lend_fraction=1.0)) as swarm:
+            with self.pools(pools, flags_of("pull")) as swarm:
                 for number, prompt_tokens in enumerate(self._options.contexts):
                     run = wire_bytes.bytes_a_token(swarm, self.shape, prompt_tokens, 7000 + number)
                     runs.append(run)
@@ -106,6 +107,8 @@ class LiveBench:
             f"{run.context_tokens} tokens, {run.holders} holders": {
                 "out_bytes": round(run.out_bytes),
                 "back_bytes": round(run.back_bytes),
+                "tensors": [round(run.query_bytes), round(run.part_bytes)],
+                "formula": [run.formula_out_bytes, run.formula_back_bytes],
                 "times_the_formula": round(
                     (run.out_bytes + run.back_bytes) / (run.formula_out_bytes + run.formula_back_bytes), 3
                 ),
@@ -137,7 +140,7 @@ class LiveBench:
         if policy == "one":
             pools = {"m0": POOL_BLOCKS * machines}
         rows: list[dict[str, Any]] = []
-        with self.pools(pools, flags_of(policy, borrow_tokens=4096), distance=distance) as swarm:
+        with self.pools(pools, flags_of(policy), distance=distance) as swarm:
             for family in FAMILIES:
                 wishes = wishes_of(family, self._options.requests, POOL_BLOCKS * BLOCK_TOKENS)
                 asked = ask_all(swarm.origin, wishes, clients=4 * machines)
@@ -163,7 +166,7 @@ class LiveBench:
     def move(self) -> tuple[Any, dict[str, Any]]:
         samples: list[moves.Moving] = []
         for rate in self._options.rates:
-            flags = flags_of("pull", borrow_tokens=2048, moved_tokens_per_step=rate)
+            flags = flags_of("pull", moved_tokens_per_step=rate)
             with self.pools(moves.POOLS, flags) as swarm:
                 for turn in range(self._options.pairs):
                     samples.append(moves.one_pair(swarm, rate, turn))
@@ -200,7 +203,7 @@ class LiveBench:
         for case, pools, times, distance in cases:
             with self.pools(
                 pools,
-                flags_of("pull", borrow_tokens=8192, lend_fraction=1.0),
+                flags_of("pull"),
                 attend_times=times,
                 distance=distance,
             ) as swarm:

@@ -76,7 +76,7 @@ def exactness(swarm: SmallPools, one: OneMachine, offsets: int, long_requests: i
 
 def moved_blocks(swarm: SmallPools) -> int:
     """Blocks that all machines have moved out since they started."""
-    return sum(swarm.loans(name)["moved_blocks_total"] for name in swarm.pools)
+    return sum(swarm.loans(name)["moved_out_total"] for name in swarm.pools)
 
 
 def first_difference(some: list[int], right: list[int]) -> int | None:

@@ -42,9 +42,7 @@ class KillTrials:
     def __init__(self, swarm: SmallPools, one: OneMachine, seed: int) -> None:
         self._swarm, self._one = swarm, one
         self._rng = np.random.default_rng(seed)
-        by_id = sorted(swarm.pools, key=lambda name: swarm.peers[name])
-        # Whoever has the smallest id keeps the ledger.
-        self._manager, self._debtor, *self._others = by_id
+        self._give_roles()
         self.strikes: list[Strike] = []
 
     def run(self, trials: int) -> None:
@@ -52,8 +50,16 @@ class KillTrials:
         for trial in range(trials):
             self._one_trial(trial, *kinds[trial % len(kinds)])
 
+    def _give_roles(self) -> None:
+        """The manager is who says that it is; of the others one is the debtor, in the order of their names."""
+        swarm = self._swarm
+        swarm.wait_for(lambda: sum(swarm.loans(name)["manages"] for name in swarm.pools) == 1, "one manager")
+        self._manager = next(name for name in swarm.pools if swarm.loans(name)["manages"])
+        self._debtor, *self._others = sorted(swarm.pools.keys() - {self._manager})
+
     def _one_trial(self, trial: int, role: str, signal: str) -> None:
         swarm = self._swarm
+        self._give_roles()
         wish = Wish(
             number=2000 + trial, prompt_tokens=700, answer_tokens=700, seed=trial if trial % 2 else None
         )

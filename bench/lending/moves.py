@@ -37,7 +37,7 @@ def one_pair(swarm: SmallPools, rate: int, turn: int) -> Moving:
     """Ask twice."""
     first = Wish(number=5000 + turn, prompt_tokens=600, answer_tokens=400)
     second = Wish(number=5500 + turn, prompt_tokens=700, answer_tokens=1)
-    moved_before = swarm.loans("debtor")["moved_blocks_total"]
+    moved_before = swarm.loans("debtor")["moved_out_total"]
     arrived: list[float] = []
     waiting: list[threading.Thread] = []
     second_answers: list[tuple[float, str]] = []
@@ -67,7 +67,7 @@ def one_pair(swarm: SmallPools, rate: int, turn: int) -> Moving:
         moving_p95_s=sorted(moving)[int(0.95 * len(moving))] if moving else 0.0,
         after_s=statistics.median(after) if after else 0.0,
         steps_while_moving=len(moving),
-        moved_blocks=swarm.loans("debtor")["moved_blocks_total"] - moved_before,
+        moved_blocks=swarm.loans("debtor")["moved_out_total"] - moved_before,
         second_waited_s=until_s - from_s,
         error="; ".join(filter(None, (answer.error, error))),
     )

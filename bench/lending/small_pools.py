@@ -1,7 +1,7 @@
 """Machines whose pools of KV blocks are small, as real processes: each serves the whole model, behind one gateway."""
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ class SmallPools(SwarmOfProcesses):
 
     def loans(self, name: str) -> dict[str, Any]:
         """What a machine said of its loans, a moment ago."""
-        return self.machine(name).get("loans") or {}
+        return self.machine(name).get("lending") or {}
 
     def all_free_s(self, within_s: float, without: Collection[str] = ()) -> float | None:
         """Seconds until all pools (`without` some) say that they are free and stay so; None: not within that time."""
@@ -113,6 +113,17 @@ class SmallPools(SwarmOfProcesses):
                 return free_s - began_s
             time.sleep(0.05)
         return None
+
+    def wait_for(self, holds: Callable[[], bool], what: str) -> None:
+        """Wait until something holds in what the gateway says."""
+
+        def told() -> bool:
+            try:
+                return holds()
+            except (httpx.HTTPError, StopIteration, KeyError):
+                return False
+
+        self.gateway.wait_for(told, what)
 
     def wait_online(self) -> None:
         """Wait until the gateway routes over all machines again."""
@@ -162,7 +173,7 @@ class SmallPools(SwarmOfProcesses):
 
 def is_free(machine: Mapping[str, Any]) -> bool:
     """Whether a machine says that it holds nothing, neither its own nor others'."""
-    loans = machine.get("loans") or {}
+    loans = machine.get("lending") or {}
     return (
         machine["kv_free_tokens"] == machine["kv_total_tokens"] > 0
         and not machine["sessions"]

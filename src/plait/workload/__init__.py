@@ -6,6 +6,7 @@ prefixes.py       prompts that begin alike, as numbered blocks; what a cache cou
 conversations.py  tenants, turns and documents
 traces.py         a sequence of requests, synthesised or read from JSON lines
 azure.py, burstgpt.py, mooncake.py, sharegpt.py   published formats, read and written
+servegen.py       clients of a service, each with its rates, bursts and lengths: read, written and drawn from
 fields.py         values of untrusted files (csv_lines.py: lines of comma-separated ones)
 """
 
@@ -42,6 +43,14 @@ from plait.workload.prefixes import (
     prefix_statistics,
     zipf_weights,
 )
+from plait.workload.servegen import (
+    ArrivalWindow,
+    LengthHistogram,
+    ServeGenClient,
+    format_servegen,
+    parse_servegen,
+    synthesize_clients,
+)
 from plait.workload.sharegpt import USUAL_FILTER, ShareGptFilter, format_sharegpt, parse_sharegpt
 from plait.workload.traces import TraceRequest, format_trace, parse_trace, synthesize_trace
 
@@ -50,16 +59,19 @@ __all__ = [
     "PREFIX_REUSES",
     "PROMPT_BLOCK_TOKENS",
     "USUAL_FILTER",
+    "ArrivalWindow",
     "ConversationMix",
     "DailyRate",
     "Equal",
     "LengthDistribution",
+    "LengthHistogram",
     "LengthMix",
     "LogNormal",
     "PrefixReuse",
     "PrefixStatistics",
     "PromptBlocks",
     "Quantiles",
+    "ServeGenClient",
     "ShareGptFilter",
     "TraceRequest",
     "Uniform",
@@ -70,6 +82,7 @@ __all__ = [
     "format_azure",
     "format_burstgpt",
     "format_mooncake",
+    "format_servegen",
     "format_sharegpt",
     "format_trace",
     "gamma_arrivals_s",
@@ -78,11 +91,13 @@ __all__ = [
     "parse_azure",
     "parse_burstgpt",
     "parse_mooncake",
+    "parse_servegen",
     "parse_sharegpt",
     "parse_trace",
     "poisson_arrivals_s",
     "prefix_statistics",
     "spread_arrivals",
+    "synthesize_clients",
     "synthesize_conversations",
     "synthesize_trace",
     "zipf_weights",

@@ -4,6 +4,9 @@ Everything is decided before anything runs, but for two things, because a fault 
 fault strikes when so many tokens have been given out (and a moment later), and its victim is drawn by number
 (`Fault.draw`) among those that carry a session then.
 
+Beside faults, what is rare elsewhere is frequent here (FoundationDB calls it to buggify): outputs that were kept for
+replays are forgotten, memory is short, preempted sessions are swapped, clocks are seconds apart.
+
 In a third of the schedules all faults are of one kind, which shows what that kind costs by itself.
 
 In three of five schedules some machines that together hold the whole model are `sheltered`: they are slowed, frozen and
@@ -13,9 +16,9 @@ end with an error, since all holders of a block may be gone for good.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +47,7 @@ FaultKind = Literal[
     "leave",
     "kill_gateway",
     "freeze_gateway",
+    "swizzle",
 ]
 """
 kill             the process dies (SIGKILL): its links are reset; after `duration_s` half of them start again
@@ -64,6 +68,7 @@ lie              it sends NaN, infinities, wrong shapes, impossible positions an
 break            its next forward pass fails
 leave            it drains and leaves
 kill_gateway, freeze_gateway   as above, the machine that the requests come to
+swizzle          up to four machines are frozen one after the other and go on in another order, within `duration_s`
 """
 LETHAL: frozenset[FaultKind] = frozenset({"kill", "vanish", "lie", "break", "leave"})
 """A machine may be lost to its sessions for good by these."""
@@ -97,7 +102,8 @@ _WEIGHTS: dict[FaultKind, float] = {
     "kill_gateway": 0.4,
     "freeze_gateway": 0.8,
 }
-_KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
+_KINDS: tuple[FaultKind, ...] = tuple(_WEIGHTS)
+_SWIZZLED_FRACTION = 0.12
 _SHELTERED_FRACTION = 0.6
 _THEMED_FRACTION = 1 / 3
 _TIGHT_FRACTION = 0.3
@@ -179,7 +185,7 @@ def draw_schedule(seed: int) -> FaultSchedule:
     rng = np.random.default_rng(seed)
     requests = tuple(_draw_request(rng) for _ in range(int(rng.integers(1, 6))))
     tight = bool(rng.random() < _TIGHT_FRACTION)
-    return FaultSchedule(
+    schedule = FaultSchedule(
         seed=seed,
         tight=tight,
         requests=requests,
@@ -192,6 +198,12 @@ def draw_schedule(seed: int) -> FaultSchedule:
         ),
         draft_tokens=int(rng.choice([0, 0, 1, 4])),
     )
+    if rng.random() < _SWIZZLED_FRACTION:
+        after_tokens = schedule.faults[0].after_tokens
+        schedule = replace(
+            schedule, faults=(*schedule.faults, _draw_fault(rng, "swizzle", after_tokens, 0.0))
+        )
+    return schedule
 
 
 def _draw_request(rng: np.random.Generator) -> RequestPlan:
@@ -275,17 +287,19 @@ def _draw_faults(rng: np.random.Generator, requests: tuple[RequestPlan, ...]) ->
             after_tokens = int(rng.integers(0, expected_tokens + 1))
             delay_s = float(rng.exponential(0.05 if after_tokens else 1.0))
         kind = theme if themed else _KINDS[int(rng.choice(len(_KINDS), p=weights))]
-        faults.append(
-            Fault(
-                kind=kind,
-                after_tokens=after_tokens,
-                delay_s=delay_s,
-                duration_s=_one_of(rng, _DURATIONS_S) * float(rng.uniform(0.5, 1.5)),
-                strength=_one_of(rng, _STRENGTHS.get(kind, (1.0,))),
-                draw=int(rng.integers(1 << 32)),
-            )
-        )
+        faults.append(_draw_fault(rng, kind, after_tokens, delay_s))
     return tuple(faults)
+
+
+def _draw_fault(rng: np.random.Generator, kind: FaultKind, after_tokens: int, delay_s: float) -> Fault:
+    return Fault(
+        kind=kind,
+        after_tokens=after_tokens,
+        delay_s=delay_s,
+        duration_s=_one_of(rng, _DURATIONS_S) * float(rng.uniform(0.5, 1.5)),
+        strength=_one_of(rng, _STRENGTHS.get(kind, (1.0,))),
+        draw=int(rng.integers(1 << 32)),
+    )
 
 
 def _one_of(rng: np.random.Generator, values: Sequence[float]) -> float:

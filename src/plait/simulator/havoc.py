@@ -13,6 +13,8 @@ from plait.simulator.trial_swarm import TrialSwarm
 from plait.simulator.virtual_loop import VirtualLoop
 from plait.transport import Wire
 
+_SWIZZLED = 4
+
 
 class Havoc:
     """The faults of `schedule`, done to `swarm`; `note` and `on_strike` are told of each as it strikes.
@@ -115,6 +117,8 @@ class Havoc:
                 machine.process.stop()
                 net.freeze(machine.name)
                 return lambda: self._thaw(machine)
+            case "swizzle":
+                return self._swizzle(fault)
             case "partition" | "isolate":
                 nodes = self._side(machine, fault)
                 net.partition(nodes)
@@ -152,6 +156,41 @@ class Havoc:
             self._swarm.join(machine.plan)
 
         return restart
+
+    def _swizzle(self, fault: Fault) -> Callable[[], None]:
+        """Freeze machines one after the other, and thaw them in another order."""
+        rng = np.random.default_rng(fault.draw)
+        workers = [machine for machine in self._swarm.living_workers() if not machine.process.stopped]
+        order: list[int] = rng.permutation(len(workers)).tolist()
+        some = [workers[place] for place in order[:_SWIZZLED]]
+        apart_s = fault.duration_s / (2 * max(len(some), 1))
+        context = self._swarm.net.context
+        frozen: list[Machine] = []
+
+        def freeze(machine: Machine) -> None:
+            if not (self._over or machine.dead):
+                frozen.append(machine)
+                machine.process.stop()
+                self._swarm.net.freeze(machine.name)
+
+        def thaw(machine: Machine) -> None:
+            if machine in frozen:
+                frozen.remove(machine)
+                self._thaw(machine)
+
+        for fall, machine in enumerate(some):
+            self.harmed.add(machine.name)
+            self._loop.call_later(fall * apart_s, freeze, machine, context=context)
+        rises: list[int] = rng.permutation(len(some)).tolist()
+        for rise, place in enumerate(rises):
+            at_s = (len(some) + rise) * apart_s
+            self._loop.call_later(at_s, thaw, some[place], context=context)
+
+        def thaw_all() -> None:
+            for machine in list(frozen):
+                thaw(machine)
+
+        return thaw_all
 
     def _thaw(self, machine: Machine) -> None:
         self._swarm.net.thaw(machine.name)

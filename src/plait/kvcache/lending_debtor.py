@@ -312,6 +312,8 @@ class DebtorSide:
     def _homeward(self) -> list[int]:
         """Borrowed numbers to bring home, those called back first."""
         free = self._loans.pool.free_blocks - len(self._home)
+        if free <= 0 or not (self._recalled or self._home_orders):
+            return []
         called = [self._debts.number_of(place) for place in self._recalled]
         numbers = [number for number in called if number is not None and self._debts.is_filled(number)]
         held = set(self._debts.held)

@@ -313,9 +313,7 @@ class Scheduler:
                 PlacedRequest(
                     self._running[place].id,
                     computed[place],
-                    list(
-                        dict.fromkeys(block for each in self._running[place].live for block in each.kv_blocks)
-                    ),
+                    _distinct_blocks(self._running[place]),
                 )
                 for place in order
             ),
@@ -639,6 +637,13 @@ class Scheduler:
                 assert len(sequence.kv_blocks) >= covered
             if not request.running and not request.swapped:
                 assert not sequence.kv_blocks
+
+
+def _distinct_blocks(request: ScheduledRequest) -> Sequence[int]:
+    """Blocks of the tables of a request, each once: of one sequence, its table itself."""
+    if request.sole is not None:
+        return request.sole.kv_blocks
+    return list(dict.fromkeys(block for each in request.live for block in each.kv_blocks))
 
 
 def _order(request: ScheduledRequest) -> tuple[int, int]:

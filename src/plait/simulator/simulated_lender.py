@@ -106,11 +106,13 @@ class _Share:
 
 @dataclass(slots=True)
 class _Placement:
-    """Where the blocks of one table are, as of a version of the debts."""
+    """Where the blocks of one table were when it began so, and so many reservations had been granted.
 
-    version: int
-    table: Sequence[int]
-    reach: int
+    Numbers stand for other blocks only after another reservation, and what is appended to a table is always own.
+    """
+
+    grants: int
+    table: list[int]
     shares: dict[PeerId, _Share]
 
 
@@ -130,6 +132,8 @@ class SimulatedLender:
         self.totals = LendingTotals()
         self.life = 0
         self.agent: LendingAgent
+        self.taken_back = 0
+        """How often it has taken back what it had lent."""
         self.touched = True
         """Whether its books may have changed since they were checked."""
         self.ticks = False
@@ -159,11 +163,11 @@ class SimulatedLender:
             worker.peer, loans, self.spec.options, first_number=now_us, layers=self._layers
         )
         self.ticks, self.starving = False, None
-        self._version = 0
         self._placements: dict[RequestId, _Placement] = {}
+        self._readable: dict[PeerId, tuple[int, int, int]] = {}
         self._asked: dict[PeerId, _Share] = {}
         self._sample: StepSample | None = None
-        self._copied_bytes = 0
+        self._copied_bytes = self._lent_blocks = 0
         self._load_until_ns = self._carried_ns = 0
 
     def die(self) -> None:
@@ -188,10 +192,13 @@ class SimulatedLender:
                 case WriteContent():
                     self._copied_bytes += self._block_bytes
                 case LoansChanged():
-                    self._version += 1
                     self.worker.wake()
         loans, totals = self.agent.loans, self.totals
-        totals.most_lent_blocks = max(totals.most_lent_blocks, loans.book.lent_blocks)
+        lent_blocks = loans.book.lent_blocks
+        if lent_blocks < self._lent_blocks:  # no event takes back and lends
+            self.taken_back += 1
+        self._lent_blocks = lent_blocks
+        totals.most_lent_blocks = max(totals.most_lent_blocks, lent_blocks)
         totals.most_borrowed_blocks = max(totals.most_borrowed_blocks, loans.debts.borrowed_blocks)
 
     def hear(self, peer: PeerId, message: LoanBooking) -> None:
@@ -242,7 +249,10 @@ class SimulatedLender:
         numbers: list[int] = []
         for peer, asked in self._asked.items():
             creditor = self._peers.lender(peer)
-            if creditor is None or not creditor.agent.may_read(self.worker.peer, asked.blocks):
+            assert creditor is not None
+            if not self._all_readable(creditor) and not creditor.agent.may_read(
+                self.worker.peer, asked.blocks
+            ):
                 numbers += asked.numbers
         if numbers:
             self.totals.steps_undone += 1
@@ -283,10 +293,22 @@ class SimulatedLender:
         """Tokens of others that it holds."""
         return self.agent.loans.book.lent_blocks * self.worker.spec.block_tokens
 
+    def _all_readable(self, creditor: "SimulatedLender") -> bool:
+        """Whether a creditor would attend over all that this machine has there; asked anew after it took any back."""
+        key = self.agent.counts.moved_out_total, creditor.life, creditor.taken_back
+        peer = creditor.worker.peer
+        if self._readable.get(peer) != key:
+            held = set(self.agent.loans.debts.held)
+            numbers = self.agent.loans.debts.numbers(peer)
+            filled = [block for block, number in numbers.items() if number not in held]
+            if not creditor.agent.may_read(self.worker.peer, filled):
+                return False
+            self._readable[peer] = key
+        return True
+
     def _lose(self, what: tuple[int, list[int]]) -> None:
         life, numbers = what
         if life == self.life:
-            self._version += 1
             borrowed = self.worker.pool.borrowed_numbers
             self.agent.loans.lose([number for number in dict.fromkeys(numbers) if number in borrowed])
 
@@ -377,29 +399,22 @@ class SimulatedLender:
 
     def _shares(self, chunk: ScheduledChunk) -> dict[PeerId, _Share]:
         """Who holds how much of what a sequence attends to."""
-        table = chunk.kv_blocks
+        table, grants = chunk.kv_blocks, self.agent.counts.granted_total
         known = self._placements.get(chunk.request_id)
-        if (
-            known is not None
-            and known.version == self._version
-            and known.table is table
-            and known.reach <= len(table)
-        ):
+        if known is not None and known.grants == grants and table[: len(known.table)] == known.table:
             return known.shares
         debts, own = self.agent.loans.debts, self.worker.pool.kv_blocks
         shares: dict[PeerId, _Share] = {}
-        reach = 0
-        for place, number in enumerate(table):
+        for number in table:
             if number >= own:
                 remote = debts.place(number)
                 share = shares.setdefault(remote.creditor, _Share())
                 share.tokens += self.worker.spec.block_tokens
                 share.blocks.append(remote.block)
                 share.numbers.append(number)
-                reach = place + 1
         if len(self._placements) > 2 * len(self.worker.rounds) + 8:
             self._placements = {id: each for id, each in self._placements.items() if id in self.worker.rounds}
-        self._placements[chunk.request_id] = _Placement(self._version, table, reach, shares)
+        self._placements[chunk.request_id] = _Placement(grants, list(table), shares)
         return shares
 
 

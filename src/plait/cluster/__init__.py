@@ -11,6 +11,7 @@ track_records.py which peers turned out slower than they say
 from plait.cluster.bans import Ban, Bans
 from plait.cluster.description import swarm_of_description
 from plait.cluster.peer_record import (
+    PeerLending,
     PeerLoad,
     PeerProgress,
     PeerRates,
@@ -26,6 +27,7 @@ from plait.cluster.track_records import TrackRecords
 __all__ = [
     "Ban",
     "Bans",
+    "PeerLending",
     "PeerLoad",
     "PeerProgress",
     "PeerRates",

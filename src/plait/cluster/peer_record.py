@@ -103,6 +103,38 @@ class PeerTerms:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PeerLending:
+    """KV memory that a peer lends and borrows; totals are since it started.
+
+    `layout`: what its KV blocks are like; those of one model, span and layout lend to each other. Empty: it does not
+    lend. `manages`: it keeps the ledger for them now. `empty_blocks` of those borrowed hold nothing yet. `query_bytes`
+    went to creditors, `part_bytes` came back; `moved_bytes` are KV content that it sent.
+    """
+
+    layout: str = ""
+    policy: str = ""
+    manages: bool = False
+    kv_blocks: int = 0
+    lent_blocks: int = 0
+    borrowed_blocks: int = 0
+    empty_blocks: int = 0
+    moved_out_total: int = 0
+    moved_home_total: int = 0
+    recalled_total: int = 0
+    lost_total: int = 0
+    granted_total: int = 0
+    refused_total: int = 0
+    query_bytes_total: int = 0
+    part_bytes_total: int = 0
+    moved_bytes_total: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.layout) > MAX_TEXT or len(self.policy) > MAX_TEXT:
+            raise ValueError(f"a text of more than {MAX_TEXT} characters")
+        _check_amounts(self, *(name for name in self.__slots__ if name not in ("layout", "policy")))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PeerRecord:
     """One peer's announcement: the one with the higher `sequence` replaces the other; none outlives `expires_unix_s`.
 
@@ -128,6 +160,7 @@ class PeerRecord:
     load: PeerLoad = PeerLoad()
     progress: PeerProgress = PeerProgress()
     terms: PeerTerms = PeerTerms()
+    lending: PeerLending = PeerLending()
     rtts_s: dict[PeerId, float] = field(default_factory=dict[PeerId, float])
     weight_format: str = ""
     kv_format: str = ""

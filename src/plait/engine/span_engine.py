@@ -56,16 +56,29 @@ _LATEST_UNIX_S = 2.0**36  # the year 4147: an arrival beyond is nonsense
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpanLoad:
-    """How busy a span is now; totals are since the start. `queued_tokens` were fed and have not come out."""
+    """How busy a span is now; totals are since the start. `queued_tokens` were fed and have not come out.
+
+    `kv_borrowable_tokens`: what other machines may still lend.
+    """
 
     sessions: int
     running_sessions: int
     queued_tokens: int
     kv_free_tokens: int
     kv_total_tokens: int
+    kv_borrowable_tokens: int
     steps_total: int
     step_tokens_total: int
     preemptions_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedStep:
+    """A step of decodes only: its sessions, the tokens that were attended here, and how many others were asked."""
+
+    sessions: int
+    tokens: int
+    holders: int
 
 
 class SpanEngine:
@@ -113,6 +126,8 @@ class SpanEngine:
         """Whether the latest step could do nothing, and nothing has happened since that would change it."""
         self._steps = 0
         self._step_tokens = 0
+        self.decoded: DecodedStep | None = None
+        """What the latest step was, if it only decoded."""
 
     # -- sessions --------------------------------------------------------------------------------------
 
@@ -243,6 +258,12 @@ class SpanEngine:
         """Blocks were borrowed, moved or lost, so that a step may be able to do more than the last."""
         self._stalled = False
 
+    @property
+    def starving(self) -> SessionId | None:
+        """The first session, if the latest step gave it nothing for want of KV blocks."""
+        id = self._scheduler.starving
+        return None if id is None else SessionId(id)
+
     def abort_running(self) -> list[SessionId]:
         """End every session that has run, after `step` raised; returns their ids."""
         ids = [id for id, live in self._sessions.items() if live.started]
@@ -298,11 +319,12 @@ class SpanEngine:
             except BlocksLost as lost:
                 assert self.loans is not None and lost.kv_blocks
                 self._scheduler.undo(step)
-                self._step = None
+                self._step = self.decoded = None
                 self.loans.lose(lost.kv_blocks)
                 return []
             self._scheduler.complete(step)
             self._step = None
+            self.decoded = self._decoded(step) if self.loans is not None else None
             if not results:
                 self._stalled = not (step.admitted or step.preempted)
                 return []
@@ -326,10 +348,16 @@ class SpanEngine:
             ),
             kv_free_tokens=counts.free_kv_blocks * block_tokens,
             kv_total_tokens=counts.kv_blocks * block_tokens,
+            kv_borrowable_tokens=self._borrowable_blocks() * block_tokens,
             steps_total=self._steps,
             step_tokens_total=self._step_tokens,
             preemptions_total=counts.preemptions_total,
         )
+
+    def _borrowable_blocks(self) -> int:
+        if self.loans is None:
+            return 0
+        return max(0, self._scheduler.borrowable_blocks - self.loans.debts.borrowed_blocks)
 
     def check(self) -> None:
         """Assert that scheduler, kept inputs and sessions agree."""
@@ -475,6 +503,19 @@ class SpanEngine:
                 top_logits=1 if best else 0,
             ),
         )
+
+    def _decoded(self, step: ScheduledStep) -> "DecodedStep | None":
+        """The load of a step in which every session computed one token."""
+        if not step.chunks or any(chunk.tokens != 1 for chunk in step.chunks):
+            return None
+        own_blocks, block_tokens = self._store.kv_blocks, self._store.block_tokens
+        here = there = 0
+        for chunk in step.chunks:
+            borrowed = sum(kv_block >= own_blocks for kv_block in chunk.kv_blocks)
+            here += chunk.start + 1 - borrowed * block_tokens
+            there += borrowed
+        holders = len(self.loans.debts.borrowed_from()) if there and self.loans is not None else 0
+        return DecodedStep(len(step.chunks), max(0, here), holders)
 
     def _run(self, blocks: range, passes: Sequence["_Pass"]) -> "_Result":
         """One forward pass of sessions that cross the same blocks."""

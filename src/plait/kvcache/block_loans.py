@@ -84,6 +84,7 @@ class BlockLoans:
         self.scheduler = scheduler
         self.pool = pool
         self._moves: dict[int, int] = {}
+        self._kept: list[int] = []
 
     @property
     def moving(self) -> list[int]:
@@ -158,9 +159,23 @@ class BlockLoans:
         """A creditor is gone, and all that it lent."""
         self.lose(list(self.debts.numbers(creditor).values()))
 
+    @property
+    def kept_blocks(self) -> int:
+        """Blocks that are kept free for others."""
+        return len(self._kept)
+
+    def keep(self) -> None:
+        """Keep what could be lent, so that nobody here takes it before it is."""
+        self._kept += self.pool.allocate(self.book.lendable_blocks)
+
+    def let_go(self) -> None:
+        """Keep nothing any more."""
+        self.pool.release(self._kept)
+        self._kept = []
+
     def holders(self) -> list[list[int]]:
         """Who holds blocks of the pool besides the scheduler."""
-        return [self.book.held, self.debts.held, list(self._moves.values())]
+        return [self.book.held, self.debts.held, list(self._moves.values()), self._kept]
 
     def check(self) -> None:
         """Assert that both books agree with themselves."""

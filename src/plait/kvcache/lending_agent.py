@@ -104,7 +104,6 @@ class LendingAgent:
         self._starved = False
         self._stepped = False
         self._leaving = False
-        self._kept: list[int] = []
         self._held_until_s = float("-inf")
         self._yields = 0
 
@@ -175,9 +174,14 @@ class LendingAgent:
         self._leaving = True
         return self._done(self._leave(now_s), now_s)
 
+    def part(self, now_s: float) -> Actions:
+        """This instance stops: all that it borrowed goes back, and all that it lent is called back in vain."""
+        self._leaving = True
+        return tuple(self._own(self._debtor.give_up(), now_s))
+
     def holders(self) -> list[list[int]]:
         """Who holds blocks of the pool besides the scheduler."""
-        return [*self.loans.holders(), self._kept]
+        return self.loans.holders()
 
     def check(self) -> None:
         """Assert that the books agree with themselves."""
@@ -257,7 +261,7 @@ class LendingAgent:
                 if self._leaving or peer not in self._group or peer == self.peer:
                     yield Send(peer, LoanNo(number, 0))
                     return
-                self._let_go()
+                self.loans.let_go()
                 answer = book.reserve(peer, number, kv_blocks, now_s)
                 self._keep_free(now_s)
                 if isinstance(answer, Granted):
@@ -303,12 +307,8 @@ class LendingAgent:
 
     def _keep_free(self, now_s: float) -> None:
         """While it yields, what could be lent is lent or stays free: nobody here takes it meanwhile."""
-        if now_s < self._held_until_s and self.loans.book.lendable_blocks:
-            self._kept += self.loans.pool.allocate(self.loans.book.lendable_blocks)
-
-    def _let_go(self) -> None:
-        self.loans.pool.release(self._kept)
-        self._kept = []
+        if now_s < self._held_until_s:
+            self.loans.keep()
 
     def _leave(self, now_s: float) -> Iterator[LendingAction]:
         yield from self._recall(self.loans.book.lent_blocks, now_s)
@@ -352,8 +352,8 @@ class LendingAgent:
             yield LoansChanged()
         yield from self._debtor.tick(now_s)
         yields = now_s < self._held_until_s
-        if not yields and self._kept:
-            self._let_go()
+        if not yields and self.loans.kept_blocks:
+            self.loans.let_go()
             yield LoansChanged()
         wanted = 0 if self._leaving or yields else self._debtor.wanted_blocks()
         if self.options.policy == "plan" and not self._starved:
@@ -397,7 +397,7 @@ class LendingAgent:
             whole=whole,
             kv_blocks=pool.kv_blocks,
             free_blocks=pool.free_blocks,
-            lendable_blocks=0 if self._leaving else book.lendable_blocks + len(self._kept),
+            lendable_blocks=0 if self._leaving else book.lendable_blocks + self.loans.kept_blocks,
             starving=_wire_order(facts.starving_order),
             spare_blocks=0 if facts.waiting else max(0, spare),
             running=facts.running,

@@ -96,13 +96,14 @@ class _Debtor:
 class LoanBook:
     """The loans of one pool; every call says what time it is.
 
-    `first_generation`: above all that were ever used for blocks of this machine, by whatever ran here before.
+    `terms` may change between calls. `first_generation`: above all that were ever used for blocks of this machine, by
+    whatever ran here before; it may be set as long as nothing was lent.
     """
 
     def __init__(self, pool: KvBlockPool, terms: LoanTerms, *, first_generation: int = 0) -> None:
         self.terms = terms
         self._pool = pool
-        self._first_generation = first_generation
+        self.first_generation = first_generation
         self._debtors: dict[PeerId, _Debtor] = {}
         self._loan_of: dict[int, tuple[PeerId, int]] = {}
         self._generations: dict[int, int] = {}
@@ -151,7 +152,7 @@ class LoanBook:
         blocks: list[LentBlock] = []
         for kv_block in self._pool.allocate(kv_blocks):
             self._generations[kv_block] = generation = (
-                self._generations.get(kv_block, self._first_generation) + 1
+                self._generations.get(kv_block, self.first_generation) + 1
             )
             self._loan_of[kv_block] = (debtor, number)
             blocks.append(LentBlock(kv_block, generation))

@@ -34,6 +34,7 @@ Generations = Annotated[tuple[Generation, ...], Meta(max_length=MAX_LOAN_BLOCKS)
 Starts = Annotated[tuple[Annotated[int, Meta(ge=0, le=2**24)], ...], Meta(max_length=MAX_LOAN_BLOCKS)]
 LoanRequest = Annotated[str, Meta(max_length=128)]
 Debts = Annotated[dict[PeerIdField, Annotated[int, Meta(ge=0, le=2**31)]], Meta(max_length=MAX_LOAN_PEERS)]
+DtypeName = Literal["float32", "float64", "bfloat16", "float16"]
 Seconds = Annotated[float, Meta(ge=0, le=1e6)]
 
 
@@ -208,6 +209,7 @@ class Attend(Bounded, frozen=True, tag="attend", kw_only=True):
     block: Annotated[int, Meta(ge=0, le=4096)]
     position: Annotated[int, Meta(ge=0, le=2**24)]
     tokens: Annotated[int, Meta(ge=1, le=MAX_ATTENDED_TOKENS)]
+    dtype: DtypeName
     listing: Annotated[int, Meta(ge=1, le=2**53)]
     base: Count
     blocks: WireBlocks

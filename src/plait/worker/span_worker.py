@@ -47,6 +47,7 @@ from plait.wire import (
     CloseSession,
     FaultCode,
     Fence,
+    LoanMessage,
     Message,
     Opened,
     OpenSession,
@@ -62,6 +63,7 @@ from plait.wire import (
     reason_text,
 )
 from plait.worker.engine_thread import RunStep
+from plait.worker.lending import LendingLimits, WorkerLending
 from plait.worker.outbox import Outbox
 
 log = logging.getLogger(__name__)
@@ -80,7 +82,8 @@ class SpanWorkerOptions:
     """Bounds of one worker.
 
     `max_sessions` in all and `max_gateway_sessions` of one gateway are live at once. `kept_bytes`: outputs kept for
-    replay; beyond, those of the oldest sessions go, which costs computing them again if the next hop is lost.
+    replay; beyond, those of the oldest sessions go, which costs computing them again if the next hop is lost. `lending`
+    is for an engine that has loans.
     """
 
     max_sessions: int = 4096
@@ -88,6 +91,7 @@ class SpanWorkerOptions:
     kept_bytes: int = 1 << 30
     lease_s: float = 300.0
     grace_s: float = 20.0
+    lending: LendingLimits | None = None
 
 
 @dataclass(slots=True)
@@ -107,7 +111,8 @@ class _Live:
 class SpanWorker:
     """Serves one span; enter it to start. The owner of the network calls `on_message` and `on_lost`.
 
-    `model` names the model: sessions of another one are refused. `run_step` runs the engine's steps.
+    `model` names the model: sessions of another one are refused. `run_step` runs the engine's steps; where memory is
+    lent, in a thread. `first_number`: above all that loans of this peer were ever numbered, such as the time of day.
     `failure` is set when the engine is broken and the worker has stopped, which `broken` is waited for.
     """
 
@@ -119,6 +124,7 @@ class SpanWorker:
         model: str,
         run_step: RunStep,
         options: SpanWorkerOptions = SpanWorkerOptions(),
+        first_number: int = 0,
     ) -> None:
         self.engine = engine
         self.blocks = engine.blocks
@@ -154,9 +160,21 @@ class SpanWorker:
         self._load_at_s = 0.0
         self._computes = False  # the engine must not be touched
         self._tasks: set[asyncio.Task[None]] = set()
+        self.lending: WorkerLending | None = None
+        if options.lending is not None:
+            self.lending = WorkerLending(
+                network.peer,
+                engine,
+                options.lending,
+                post=self._outbox.post,
+                command=self._command,
+                first_number=first_number,
+            )
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
+        if self.lending is not None:
+            await self.lending.__aenter__()
         self._running = self._loop.create_task(self._run())
         self._spawn(self._expire())
         return self
@@ -170,6 +188,8 @@ class SpanWorker:
         self._wake.set()
         # A step that runs in a thread cannot be stopped, and nobody may touch its engine meanwhile.
         await asyncio.shield(self._running)
+        if self.lending is not None:
+            await self.lending.__aexit__(kind, error, trace)
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -186,6 +206,8 @@ class SpanWorker:
     def drain(self) -> None:
         """Take no new sessions; those that are here go on until their gateways move them."""
         self._draining = True
+        if self.lending is not None:
+            self.lending.drain()
 
     def load(self) -> PeerLoad:
         """How busy this worker is, as of a moment ago."""
@@ -196,8 +218,8 @@ class SpanWorker:
             sessions=len(self._live),
             queued_tokens=load.queued_tokens,
             step_s=self._step_s,
-            kv_free_tokens=load.kv_free_tokens,
-            kv_total_tokens=load.kv_total_tokens,
+            kv_free_tokens=load.kv_free_tokens + load.kv_borrowable_tokens,
+            kv_total_tokens=load.kv_total_tokens + load.kv_borrowable_tokens,
         )
 
     def hop_sessions(self) -> Iterable[HopSession]:
@@ -238,11 +260,14 @@ class SpanWorker:
             case Fence() | Resume() | CloseSession():
                 self._on_gateway(peer, message)
             case _:
-                pass
+                if self.lending is not None and isinstance(message, LoanMessage):
+                    self.lending.on_message(peer, message, tensors)
 
     def on_lost(self, peer: PeerId, reason: str) -> None:
         """A peer is gone: sessions that would go on to it cannot, those of a gateway wait for it for a while."""
         now_s = self._loop.time()
+        if self.lending is not None:
+            self.lending.on_lost(peer)
         for live in list(self._live.values()):
             if live.session.gateway == peer and live.orphaned_s is None:
                 live.orphaned_s = now_s
@@ -480,6 +505,7 @@ class SpanWorker:
             self._apply_commands()
             if self._closing:
                 return
+            self._end_who_waits_in_vain()
             if not engine.has_work:
                 self._wake.clear()
                 if not self._commands:
@@ -490,6 +516,8 @@ class SpanWorker:
                 if not engine.has_work:
                     continue
             self._see_load()
+            if self.lending is not None:
+                self.lending.before_step()
             self._step += 1
             began_s = self._loop.time()
             self._computes = True
@@ -501,6 +529,8 @@ class SpanWorker:
                 self._step_failed(error)
                 continue
             self._computes = False
+            if self.lending is not None:
+                self.lending.after_step(self._loop.time() - began_s)
             self._note_step(self._loop.time() - began_s, sum(len(output.token_ids) for output in outputs))
             for output in outputs:
                 self._hand_out(output)
@@ -525,6 +555,13 @@ class SpanWorker:
                     async with asyncio.timeout_at(until_s):
                         await self._wake.wait()
             self._apply_commands()
+
+    def _end_who_waits_in_vain(self) -> None:
+        """End the session that has waited too long for memory which nobody lends."""
+        if self.lending is not None and (waited := self.lending.waited_too_long()) is not None:
+            id, why = waited
+            self.engine.close(id)
+            self._session_failed(id, "no_capacity", f"session {id!r}: {why}")
 
     def _hand_out(self, output: SpanOutput) -> None:
         live = self._live.get(output.id)

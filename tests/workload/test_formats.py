@@ -206,6 +206,7 @@ def test_our_own_format_keeps_every_field(request: TraceRequest) -> None:
         tenant="t",
         adapter="m",
         deadline_s=2.5,
+        after_s=0.5,
         prompt_blocks=(3, 9),
     )
     assert parse_trace(format_trace([request, whole]), where="memory") == (request, whole)

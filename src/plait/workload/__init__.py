@@ -6,6 +6,7 @@ prefixes.py       prompts that begin alike, as numbered blocks; what a cache cou
 conversations.py  tenants, turns and documents
 traces.py         a sequence of requests, synthesised or read from JSON lines
 azure.py, burstgpt.py, mooncake.py, sharegpt.py   published formats, read and written
+tool_calls.py     conversations whose next call follows a tool
 servegen.py       clients of a service, each with its rates, bursts and lengths: read, written and drawn from
 fields.py         values of untrusted files (csv_lines.py: lines of comma-separated ones)
 """
@@ -52,6 +53,7 @@ from plait.workload.servegen import (
     synthesize_clients,
 )
 from plait.workload.sharegpt import USUAL_FILTER, ShareGptFilter, format_sharegpt, parse_sharegpt
+from plait.workload.tool_calls import format_tool_calls, parse_tool_calls
 from plait.workload.traces import TraceRequest, format_trace, parse_trace, synthesize_trace
 
 __all__ = [
@@ -84,6 +86,7 @@ __all__ = [
     "format_mooncake",
     "format_servegen",
     "format_sharegpt",
+    "format_tool_calls",
     "format_trace",
     "gamma_arrivals_s",
     "length_mix_named",
@@ -93,6 +96,7 @@ __all__ = [
     "parse_mooncake",
     "parse_servegen",
     "parse_sharegpt",
+    "parse_tool_calls",
     "parse_trace",
     "poisson_arrivals_s",
     "prefix_statistics",

@@ -7,7 +7,7 @@ are those of `TraceRequest`:
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,7 +19,7 @@ from plait.workload.lengths import LengthMix
 
 _NEEDED = ("arrival_s", "prompt_tokens", "output_tokens")
 _TEXTS = ("prompt", "answer", "conversation", "tenant", "adapter")
-_FIELDS = (*_NEEDED, *_TEXTS, "turn", "deadline_s", "prompt_blocks")
+_FIELDS = (*_NEEDED, *_TEXTS, "turn", "deadline_s", "after_s", "prompt_blocks")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,9 @@ class TraceRequest:
 
     `arrival_s` counts from the start of the trace, `deadline_s` from there too. `prompt` and `answer` are the texts,
     where the trace has them; then the counts of tokens are those of the tokenizer that made the trace. `turn` counts
-    from 0 within a conversation, whose prompts contain their history. `adapter` is the model or adapter asked for.
+    from 0 within a conversation, whose prompts contain their history; `after_s` is what passes between the end of the
+    turn before and this one, where a trace knows that (a tool runs), and `arrival_s` is then an estimate. `adapter` is
+    the model or adapter asked for.
     Equal numbers in `prompt_blocks` stand for equal prompts up to the end of that block; the last one may be partial.
     """
 
@@ -42,6 +44,7 @@ class TraceRequest:
     tenant: str | None = None
     adapter: str | None = None
     deadline_s: float | None = None
+    after_s: float | None = None
     prompt_blocks: tuple[int, ...] = ()
 
 
@@ -71,6 +74,8 @@ def format_trace(trace: Iterable[TraceRequest]) -> Iterator[str]:
             record["turn"] = request.turn
         if request.deadline_s is not None:
             record["deadline_s"] = request.deadline_s
+        if request.after_s is not None:
+            record["after_s"] = request.after_s
         if request.prompt_blocks:
             record["prompt_blocks"] = request.prompt_blocks
         yield json.dumps(record, ensure_ascii=False)
@@ -109,13 +114,17 @@ def _parse_request(line: str, place: str) -> TraceRequest:
             raise BadSetup(f"{place}: {name} must be text, not {fields[name]!r:.60}")
     texts = {name: cast(str | None, fields.get(name)) for name in _TEXTS}
     prompt_tokens = whole_number(fields, "prompt_tokens", place, least=1)
-    has_deadline = fields.get("deadline_s") is not None
     return TraceRequest(
         arrival_s=seconds(fields, "arrival_s", place),
         prompt_tokens=prompt_tokens,
         output_tokens=whole_number(fields, "output_tokens", place, least=1),
         turn=whole_number(fields, "turn", place) if "turn" in fields else 0,
-        deadline_s=seconds(fields, "deadline_s", place) if has_deadline else None,
+        deadline_s=_seconds_if_any(fields, "deadline_s", place),
+        after_s=_seconds_if_any(fields, "after_s", place),
         prompt_blocks=block_numbers(fields, "prompt_blocks", prompt_tokens, place),
         **texts,
     )
+
+
+def _seconds_if_any(fields: Mapping[str, object], name: str, place: str) -> float | None:
+    return None if fields.get(name) is None else seconds(fields, name, place)

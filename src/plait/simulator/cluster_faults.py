@@ -178,7 +178,8 @@ class FaultInjector:
         if not workers:
             return []
         names = [worker.name for worker in workers]
-        ways = [(GATEWAY, 0), (GATEWAY, len(names) - 1), (names[-1], 0)]
+        # A gateway that does not hear a hop gives it up, also where no token would come from there.
+        ways = [(GATEWAY, place) for place in range(len(names))] + [(names[-1], 0)]
         ways += [(names[place - 1], place) for place in range(1, len(names))]
         broken: dict[PeerId, int] = {}
         for sender, place in ways:

@@ -16,6 +16,7 @@ from plait.errors import NoRoute
 from plait.ids import PeerId, RequestId
 from plait.routing import Chain, RouteWish
 from plait.scheduling import ScheduledStep
+from plait.simulator.buggify import Buggify
 from plait.simulator.cluster_faults import FaultInjector
 from plait.simulator.data_path import DataPath
 from plait.simulator.event_heap import EventHeap, EventKind, ns_of
@@ -49,7 +50,8 @@ class RunOptions:
     how long their answers will be (`answer`), to the next power of two (`power-of-two`), or not at all, and ask for
     `max_model_tokens` (`context`): Kwon et al. 2023, section 6.1. `silence_s`: a machine that is not heard of for so
     long is given up. `loan_wait_s`: a request that lacks memory, and to which nobody lends any for so long, fails.
-    `check`: walk all books after every event, after every `check_every`-th, or at the end only.
+    `buggify_fraction`: how often rare branches are taken all the same (buggify.py). `check`: walk all books after every
+    event, after every `check_every`-th, or at the end only.
     """
 
     seed: int = 0
@@ -61,6 +63,7 @@ class RunOptions:
     announce_s: float = 5.0
     silence_s: float = 3.0
     loan_wait_s: float = 60.0
+    buggify_fraction: float = 0.0
     check: Literal["event", "some", "end"] = "some"
     check_every: int = 100_000
 
@@ -86,7 +89,8 @@ class ClusterRun:
         self.network = SimulatedNetwork(
             network, {machine.name: machine.site for machine in machines}, silence_s=options.silence_s
         )
-        self.path = DataPath(self.heap, self.network, self)
+        self._buggify = Buggify(options.seed, options.buggify_fraction)
+        self.path = DataPath(self.heap, self.network, self, self._buggify)
         self.workers: dict[PeerId, SimulatedWorker] = {
             spec.peer: SimulatedWorker(spec, self.heap, self._on_step) for spec in machines
         }
@@ -241,7 +245,7 @@ class ClusterRun:
             return
         flight.retries += 1
         kept = [hop for hop in flight.hops if hop.worker.peer not in lost and hop.opened]
-        if len(flight.hops) > 1 and kept:
+        if len(flight.hops) > 1 and kept and not self._buggify.strikes:
             try:
                 mended = self._mended(flight, lost)
             except NoRoute:
@@ -444,7 +448,7 @@ class ClusterRun:
 
     def _announce(self, group: int) -> None:
         for worker in list(self.workers.values())[group::_GROUPS]:
-            if self._injector.heard(worker):
+            if self._injector.heard(worker) and not self._buggify.strikes:
                 self.gateway.hear(worker)
         self.heap.after(self.options.announce_s, EventKind.TICK, f"announce {group}", self._announce, group)
 

@@ -13,6 +13,7 @@ from plait.errors import BadRequest, NoCapacity
 from plait.ids import PeerId, RequestId
 from plait.scheduling import NewRequest, Round, ScheduledChunk, ScheduledStep
 from plait.session import plan_resume
+from plait.simulator.buggify import Buggify
 from plait.simulator.event_heap import EventHeap, EventKind
 from plait.simulator.flight import Flight, HopProgress
 from plait.simulator.simulated_network import GATEWAY, SimulatedNetwork
@@ -50,10 +51,13 @@ class FlightOwner(Protocol):
 class DataPath:
     """Moves requests along their chains, by events."""
 
-    def __init__(self, heap: EventHeap, network: SimulatedNetwork, owner: FlightOwner) -> None:
+    def __init__(
+        self, heap: EventHeap, network: SimulatedNetwork, owner: FlightOwner, buggify: Buggify
+    ) -> None:
         self._heap = heap
         self._network = network
         self._owner = owner
+        self._buggify = buggify
         self.flights: dict[RequestId, Flight] = {}
 
     # Begin, go on, end.
@@ -120,6 +124,7 @@ class DataPath:
             self._owner.lost(flight, worker.peer)
             return
         try:
+            self._perhaps_full(worker)
             worker.submit(
                 NewRequest(
                     id=flight.id,
@@ -140,6 +145,10 @@ class DataPath:
         hop.opened = True
         hop.known = flight.tokens
         worker.queued_tokens += flight.tokens
+
+    def _perhaps_full(self, worker: SimulatedWorker) -> None:
+        if self._buggify.strikes:
+            raise NoCapacity(f"{worker.name} is taken to be full")
 
     def on_step(self, worker: SimulatedWorker, step: ScheduledStep) -> None:
         """A machine has run a step: tokens and outputs come out."""
@@ -192,6 +201,7 @@ class DataPath:
             if hop.opened:
                 continue
             try:
+                self._perhaps_full(worker)
                 worker.submit(
                     NewRequest(
                         id=flight.id,

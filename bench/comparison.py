@@ -1,190 +1,179 @@
-"""Batching and memory policies at the scale of their papers, on the same traces: what ORCA and vLLM claim, simulated.
+"""Policies on the same traces: what ORCA, vLLM and DistKV-LLM claim, simulated at the scale of their papers.
 
-OPT-13B, 66B and 175B on A100s by roofline (peaks add up over the GPUs of one model), lengths as ShareGPT's and as
-ORCA's synthetic trace, Poisson arrivals. Only the policy differs; scheduler, pool and step times are the same:
+Only the policies differ: scheduler, pool, router and loans are the code that serves, steps are those of a roofline.
 
-    static            a batch runs to its end before the next begins; room for the answer is reserved
-    orca, oracle      iterations; room for prompt and answer is reserved, as if its length were known
-    orca, max         iterations; room for the whole context is reserved, since it is not
-    paged             blocks on demand, preemption
+    one server      OPT-13B, 66B and 175B on 1, 4 and 8 A100s; lengths short (Alpaca's), mixed (ShareGPT's) and of a
+                    long tail; ORCA's synthetic trace and equal lengths; common beginnings of prompts; sizes of blocks
+    unequal         the same policies on A100, L4 and T4 together, and on two gaming GPUs with two Macs
 
-Latency is per generated token, from arrival to the last one (normalised latency). The rate at a latency of twice that
-of an idle machine, interpolated, is how much each policy sustains. This reproduces shapes and signs: absolute numbers
-are those of a roofline.
+Latency is per generated token, from arrival to the last one (normalised latency). Load is a part of what `paged`
+serves when everything arrives at once. What a policy sustains is the rate at which its mean latency is twice, and five
+times, the least one of an idle server, interpolated between measured rates, for each seed.
 
-    python bench/comparison.py            about four minutes of one core
+    python bench/comparison.py                  about 25 minutes of one core, half with --jobs 2
+    python bench/comparison.py --only unequal
+    python bench/comparison.py --live           live with the small model beside its simulation, about 8 minutes
 """
 
 import argparse
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from comparison.cases import (
+    COMMON_LOAD,
+    LIMITS_TIMES_IDLE,
+    ONE_SERVER,
+    ORCAS_OWN,
+    TRANSLATING,
+    UNEQUAL,
+    Case,
+)
+from comparison.claims import batching_claims
+from comparison.curves import Sample, at_load, curve, names, of, sustained, times_as_much
+from comparison.point import capacity_per_s
+from comparison.policies import PAGED
+from comparison.series import run_all
+from comparison.sharing import sharing_summary
 from results import Figure, write_result
 
-from plait.simulator import latency_samples, parse_scenario, run_of_scenario
-
-POLICIES = {
-    "static": ("static", "answer"),
-    "orca, oracle": ("orca", "answer"),
-    "orca, max": ("orca", "context"),
-    "paged": ("paged", "answer"),
-}
-TIMES_IDLE = 2.0
-SCENARIO = """
-model: {model}
-machines:
-  - {{name: server, device: {device}, devices: {devices}, host_s: 0.002, scheduling: {scheduling}}}
-workload: {{requests: {requests}, lengths: {lengths}, rate_per_s: {rate}, asks: {asks}}}
-network: {{within: {{one_way_s: 0, bandwidth_bytes_per_s: 1.0e+12}}}}
-seed: {seed}
-run: {{check: end, patience_s: 1.0e+9}}
-"""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model on its GPUs, a workload, and rates around what it sustains."""
-
-    model: str
-    device: str
-    devices: int
-    lengths: str
-    rates_per_s: tuple[float, ...]
-
-    @property
-    def name(self) -> str:
-        return f"{self.model} on {self.devices} x {self.device}, {self.lengths}"
-
-
-CASES = (
-    Case("opt-13b", "a100-40gb", 1, "sharegpt-like", (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)),
-    Case("opt-13b", "a100-40gb", 1, "uniform", (1.0, 2.0, 4.0, 6.0, 8.0, 12.0)),
-    Case("opt-66b", "a100-40gb", 4, "sharegpt-like", (0.1, 0.25, 0.5, 0.75, 1.0, 1.5)),
-    Case("opt-175b", "a100-80gb", 8, "sharegpt-like", (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)),
+AT_COMMON_LOAD = (
+    "normalised_mean_s",
+    "normalised_p50_s",
+    "normalised_p90_s",
+    "normalised_p99_s",
+    "ttft_p50_s",
+    "ttft_p99_s",
+    "output_tokens_per_s",
+    "mean_batch",
+    "preemptions",
+    "useful_kv_fraction",
+    "reserved_kv_fraction",
+    "inside_kv_fraction",
+    "jain_index",
+    "max_slowdown",
+    "finished_fraction",
 )
+BLOCK_SIZES = (1, 4, 8, 16, 32, 64, 128, 256)
 
 
-def point(case: Case, policy: str, rate_per_s: float, seed: int, requests: int) -> dict[str, Any]:
-    """One run."""
-    scheduling, asks = POLICIES[policy]
-    text = SCENARIO.format(
-        model=case.model,
-        device=case.device,
-        devices=case.devices,
-        lengths=case.lengths,
-        rate=rate_per_s,
-        scheduling=scheduling,
-        asks=asks,
-        requests=requests,
-        seed=seed,
-    )
-    run = run_of_scenario(parse_scenario(text, "comparison"), Path("."))
-    run.run()
-    samples = latency_samples(run.outcomes)
-    totals = next(iter(run.workers.values())).totals
-    return {
-        "case": case.name,
-        "policy": policy,
-        "rate_per_s": rate_per_s,
-        "seed": seed,
-        "mean_normalised_s": float(samples["normalised"].mean()),
-        "p99_normalised_s": float(np.percentile(samples["normalised"], 99)),
-        "median_ttft_s": float(np.median(samples["ttft"])),
-        "output_tokens_per_s": sum(run.outcomes.output_tokens) / run.heap.now_s,
-        "mean_batch": totals.step_sequences / totals.steps,
-        "useful_kv_fraction": totals.useful_kv_fraction_sum / max(totals.usage_samples, 1),
-        "held_kv_fraction": totals.held_kv_fraction_sum / max(totals.usage_samples, 1),
-        "preemptions": totals.preemptions,
-        "digest": run.heap.digest(),
-    }
-
-
-def curve(
-    samples: Sequence[dict[str, Any]], case: str, policy: str, what: str
-) -> tuple[list[float], list[float]]:
-    """Medians over the seeds, one for each rate."""
-    mine = [sample for sample in samples if (sample["case"], sample["policy"]) == (case, policy)]
-    rates = sorted({sample["rate_per_s"] for sample in mine})
-    return rates, [
-        statistics.median(sample[what] for sample in mine if sample["rate_per_s"] == rate) for rate in rates
-    ]
-
-
-def sustained_per_s(rates: Sequence[float], latencies_s: Sequence[float], limit_s: float) -> float:
-    """The rate at which a curve crosses a limit; the last one where it does not, 0 where it begins above."""
-    if latencies_s[0] > limit_s:
-        return 0.0
-    for (low, below), (high, above) in zip(
-        zip(rates, latencies_s, strict=True), zip(rates[1:], latencies_s[1:], strict=False), strict=False
-    ):
-        if above > limit_s:
-            return low + (high - low) * (limit_s - below) / (above - below)
-    return rates[-1]
-
-
-def summarised(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What each policy sustains, its batch and its memory at the highest rate, and the ratios that papers state."""
+def summarised(samples: Sequence[Sample]) -> dict[str, Any]:
+    """For each case what policies sustain (median, least, most over the seeds) and how they are at the common load."""
     summary: dict[str, Any] = {}
-    for case in dict.fromkeys(sample["case"] for sample in samples):
-        curves = {policy: curve(samples, case, policy, "mean_normalised_s") for policy in POLICIES}
-        idle_s = min(latencies[0] for _, latencies in curves.values())
-        sustained = {
-            policy: round(sustained_per_s(rates, latencies, TIMES_IDLE * idle_s), 3)
-            for policy, (rates, latencies) in curves.items()
-        }
-        at_top = {
-            policy: {
-                what: round(curve(samples, case, policy, what)[1][-1], 3)
-                for what in ("mean_batch", "useful_kv_fraction", "output_tokens_per_s", "mean_normalised_s")
-            }
-            for policy in POLICIES
-        }
+    for case in names(samples, "case"):
+        mine = of(samples, case=case)
+        gains: dict[str, Any] = {}
+        for policy in names(mine, "policy"):
+            if policy != "paged":
+                gains[policy] = {
+                    f"{times:g} x idle": times_as_much(mine, "paged", policy, times_idle=times)
+                    for times in LIMITS_TIMES_IDLE
+                }
         summary[case] = {
-            "latency_limit_s": round(TIMES_IDLE * idle_s, 4),
-            "sustained_requests_per_s": sustained,
-            "paged over others": {
-                policy: round(sustained["paged"] / sustained[policy], 2) if sustained[policy] else "beyond"
-                for policy in POLICIES
-                if policy != "paged"
+            "sustained_requests_per_s": {
+                f"{times:g} x idle": sustained(mine, times_idle=times) for times in LIMITS_TIMES_IDLE
             },
-            "at the highest rate": at_top,
+            "paged over": gains,
+            f"at load {COMMON_LOAD}": dict(at_load(mine, COMMON_LOAD, AT_COMMON_LOAD)),
         }
     return summary
 
 
-def figures(samples: Sequence[dict[str, Any]]) -> Iterator[Figure]:
-    for case in dict.fromkeys(sample["case"] for sample in samples):
-        figure = Figure(case, "requests/s", "mean latency per token (s)", log_y=True)
-        for policy in POLICIES:
-            figure.add_line(policy, *curve(samples, case, policy, "mean_normalised_s"))
+def figures(samples: Sequence[Sample]) -> Iterator[Figure]:
+    """Latency against throughput, a figure for each case."""
+    for case in names(samples, "case"):
+        figure = Figure(case, "requests served/s", "mean latency per token (s)", log_x=True, log_y=True)
+        mine = of(samples, case=case)
+        for policy in names(mine, "policy"):
+            figure.add_line(policy, *curve(of(mine, policy=policy), "served_per_s", "normalised_mean_s"))
+        if any("per_batch_mean_s" in sample for sample in mine):
+            static = of(mine, policy="static")
+            figure.add_line("static, answered per batch", *curve(static, "served_per_s", "per_batch_mean_s"))
         yield figure
+
+
+def block_sizes(seeds: int) -> dict[str, dict[int, float]]:
+    """Requests per second by size of blocks, when everything arrives at once at OPT-13B on an A100."""
+    found: dict[str, dict[int, float]] = {}
+    for lengths, requests in (("alpaca-like", 900), ("sharegpt-like", 300)):
+        found[lengths] = {}
+        for size in BLOCK_SIZES:
+            machine = f"{{name: server, device: a100-40gb, host_s: 0.002, block_tokens: {size}}}"
+            case = Case(f"blocks of {size}", "opt-13b", (machine,), lengths, requests)
+            rates = [capacity_per_s(case, PAGED, seed) for seed in range(seeds)]
+            found[lengths][size] = statistics.median(rates)
+        print(lengths, found[lengths], flush=True)
+    return found
+
+
+def one_server(options: argparse.Namespace) -> None:
+    """ORCA and vLLM at the scale of their papers."""
+    samples = run_all((*ONE_SERVER, *ORCAS_OWN, *TRANSLATING), options.seeds, options.jobs, options.keep)
+    sharing, sizes = sharing_summary(print), block_sizes(options.seeds)
+    write_result(
+        "comparison",
+        settings={"seeds": options.seeds},
+        samples=samples,
+        summary={
+            "claims": batching_claims(samples, sharing, sizes),
+            "cases": summarised(samples),
+            "sharing": sharing,
+            "requests_per_s by block size": sizes,
+        },
+        figures=list(figures(samples)),
+        columns=3,
+    )
+
+
+def unequal(options: argparse.Namespace) -> None:
+    """The same policies on machines that differ."""
+    samples = run_all(UNEQUAL, options.seeds, options.jobs, options.keep)
+    write_result(
+        "comparison_unequal",
+        settings={"seeds": options.seeds},
+        samples=samples,
+        summary=summarised(samples),
+        figures=list(figures(samples)),
+        columns=3,
+    )
+
+
+def live(options: argparse.Namespace) -> None:
+    """Static, ORCA and pages with a real engine, beside their simulation."""
+    from comparison.live import figures, live_and_simulated, summarised
+
+    samples = live_and_simulated(options.live_seeds, options.live_requests)
+    write_result(
+        "comparison_live",
+        settings={"seeds": options.live_seeds, "requests": options.live_requests},
+        samples=samples,
+        summary=summarised(samples),
+        figures=list(figures(samples)),
+    )
+
+
+PARTS = {"one-server": one_server, "unequal": unequal}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--requests", type=int, default=250)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--only", choices=tuple(PARTS), default=None)
+    parser.add_argument("--keep", type=Path, help="a folder for finished series, so that a run can go on")
+    parser.add_argument("--live", action="store_true", help="run only the live part")
+    parser.add_argument("--live-requests", type=int, default=48)
+    parser.add_argument("--live-seeds", type=int, default=2)
     options = parser.parse_args()
-    samples: list[dict[str, Any]] = []
-    for case in CASES:
-        for seed in range(options.seeds):
-            for rate in case.rates_per_s:
-                for policy in POLICIES:
-                    samples.append(point(case, policy, rate, seed, options.requests))
-                    print(samples[-1], flush=True)
-    write_result(
-        "comparison",
-        settings=vars(options) | {"times_idle": TIMES_IDLE, "cases": [case.name for case in CASES]},
-        samples=samples,
-        summary=summarised(samples),
-        figures=list(figures(samples)),
-    )
+    if options.live:
+        live(options)
+        return
+    for name, part in PARTS.items():
+        if options.only in (None, name):
+            part(options)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,12 @@ def write_result(
     samples: Any,
     summary: Mapping[str, Any],
     figures: Sequence[Figure] = (),
+    columns: int | None = None,
 ) -> Path:
-    """Write one run: commit, settings, hardware, versions, raw samples and what they sum up to."""
+    """Write one run: commit, settings, hardware, versions, raw samples and what they sum up to.
+
+    The figures are drawn in one row, or in rows of `columns`.
+    """
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.json"
     record = {
@@ -62,18 +66,21 @@ def write_result(
     print(json.dumps(summary, indent=1, default=str))
     print(f"written: {file}", file=sys.stderr)
     if figures:
-        _draw(file.with_suffix(".png"), figures)
+        _draw(file.with_suffix(".png"), figures, columns or len(figures))
     return file
 
 
-def _draw(file: Path, figures: Sequence[Figure]) -> None:
+def _draw(file: Path, figures: Sequence[Figure], columns: int) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    canvas, all_axes = pyplot.subplots(1, len(figures), figsize=(5.2 * len(figures), 4), squeeze=False)
-    for axes, figure in zip(all_axes[0], figures, strict=True):
+    rows = -(-len(figures) // columns)
+    canvas, grid = pyplot.subplots(rows, columns, figsize=(5.2 * columns, 4 * rows), squeeze=False)
+    for axes in grid.flat[len(figures) :]:
+        axes.set_axis_off()
+    for axes, figure in zip(grid.flat, figures, strict=False):
         for name, x, y in figure.lines:
             axes.plot(x, y, marker="o", markersize=3, label=name)
         axes.set(title=figure.title, xlabel=figure.x_label, ylabel=figure.y_label)

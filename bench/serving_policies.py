@@ -7,7 +7,7 @@ everything arrives at once. Answers run to their full length.
 
 `static` answers each request as soon as it has ended, and finished rows compute nothing: a stronger baseline than
 the paper's. `static, answered per batch` is the same run with each request's latency counted to the end of its batch,
-as request-level serving answers.
+as request-level serving answers. `python bench/comparison.py --live` runs the same beside its simulation.
 
     python bench/serving_policies.py            about 15 minutes on two cores
 """
@@ -58,11 +58,17 @@ def make_trace(mix: str, seed: int, requests: int) -> list[Asked]:
     ]
 
 
-def make_engine(policy: str, threads: int) -> Engine:
+def make_engine(policy: str, threads: int, *, dtype: str = "float32") -> Engine:
     limits = replace(StepLimits(), max_running_sequences=MAX_SEQUENCES, step_tokens=STEP_TOKENS)
+    kv_cache_bytes = KV_CACHE_BYTES if dtype == "float32" else KV_CACHE_BYTES // 2
     return load_engine(
         EngineOptions(
-            folder=TINY, kv_cache_bytes=KV_CACHE_BYTES, policy=policy, limits=limits, threads=threads
+            folder=TINY,
+            kv_cache_bytes=kv_cache_bytes,
+            policy=policy,
+            limits=limits,
+            threads=threads,
+            dtype=dtype,
         )
     )
 

@@ -94,7 +94,7 @@ def test_a_swarm_that_is_not_known_yet_has_no_series() -> None:
 def test_however_many_machines_there_are_the_series_are_few() -> None:
     few = len(Board(*map(machine, range(MAX_MACHINES))).samples())
     many = Board(*map(machine, range(20 * MAX_MACHINES)))
-    assert len(many.samples()) <= few + 14
+    assert len(many.samples()) <= few + 20
     assert many.value("queued_tokens", machine="other", peer="") == 2 * 19 * MAX_MACHINES
     named = {dict(labels).get("machine") for _, labels in many.samples()}
     assert len(named - {None, "other"}) == MAX_MACHINES

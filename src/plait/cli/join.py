@@ -30,7 +30,7 @@ MODEL_S = 600.0
 RETRY_S = 0.5
 
 
-@with_settings(sections=("swarm", "engine", "kvcache", "scheduling", "log"), model=False)
+@with_settings(sections=("swarm", "lending", "engine", "kvcache", "scheduling", "log"), model=False)
 def join(
     ticket: Annotated[
         str,

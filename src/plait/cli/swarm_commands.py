@@ -100,13 +100,19 @@ def _machine_row(machine: dict[str, Any]) -> tuple[str, ...]:
         word for word, holds in (("gateway", machine["is_gateway"]), ("banned", machine["banned"])) if holds
     ]
     rate = machine["decode_tokens_per_s"]
+    cache = (
+        f"{machine['kv_free_tokens']} of {machine['kv_total_tokens']}" if machine["kv_total_tokens"] else "-"
+    )
+    lending = machine["lending"]
+    if lending is not None:
+        cache += f", {lending['lent_blocks']} blocks lent, {lending['borrowed_blocks']} borrowed"
     return (
         machine["name"] + (f" ({', '.join(marks)})" if marks else ""),
         f"{machine['first_block']}:{machine['end_block']}" if has_span else "-",
         _state(machine),
         format_s(machine["rtt_s"]) if machine["rtt_s"] is not None else "-",
         format_bytes(machine["memory_bytes"]),
-        f"{machine['kv_free_tokens']} of {machine['kv_total_tokens']}" if machine["kv_total_tokens"] else "-",
+        cache,
         f"{rate:.0f}" if rate else "-",
         str(machine["sessions"]),
         machine["peer"][:12],

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from plait.ids import PeerId
     from plait.transport import Identity, SwarmSecret, Ticket, TicketSecret
-    from plait.worker import MemberOptions, SpanLimits, SwarmGateway, SwarmNode
+    from plait.worker import LendingLimits, MemberOptions, SpanLimits, SwarmGateway, SwarmNode
 
 # Members of swarms that run at the same time for one user on one machine.
 MAX_SEATS = 64
@@ -242,6 +242,32 @@ def span_limits(settings: Settings) -> "SpanLimits":
         memory_bytes=settings.swarm.memory,
         context_tokens=settings.swarm.context_tokens,
         kv_cache_bytes=settings.kvcache.memory,
+        lending=lending_limits(settings),
+    )
+
+
+def lending_limits(settings: Settings) -> "LendingLimits | None":
+    """How this machine lends and borrows KV memory; None if it does not."""
+    from plait.kvcache import LendingOptions, LendingRules
+    from plait.worker import LendingLimits
+
+    lending = settings.lending
+    if lending.policy == "off":
+        return None
+    return LendingLimits(
+        options=LendingOptions(
+            policy=lending.policy,
+            moved_tokens_per_step=lending.moved_tokens_per_step,
+            heartbeat_s=lending.heartbeat_s,
+            rules=LendingRules(small_batch=lending.small_batch),
+        ),
+        lend_fraction=lending.lend_fraction,
+        keep_free_fraction=lending.keep_free_fraction,
+        borrow_tokens=lending.borrow_tokens,
+        lease_s=lending.lease_s,
+        recall_s=lending.recall_s,
+        deadline_s=lending.deadline_s,
+        wait_s=lending.wait_s,
     )
 
 

@@ -39,6 +39,12 @@ class MachineFacts:
     received_bytes_total: int
     heartbeats_missed_total: int
     links_lost_total: int
+    kv_lent_blocks: int = 0
+    kv_borrowed_blocks: int = 0
+    kv_moved_out_total: int = 0
+    kv_moved_home_total: int = 0
+    kv_recalled_total: int = 0
+    kv_lost_total: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +108,12 @@ _BY_MACHINE: tuple[_Series, ...] = (
         "counter",
     ),
     _Series("links_lost", "Links to it that broke.", lambda m: m.links_lost_total, "counter"),
+    _Series("kv_lent_blocks", "KV blocks that it has lent to others.", lambda m: m.kv_lent_blocks),
+    _Series("kv_borrowed_blocks", "KV blocks that others have lent to it.", lambda m: m.kv_borrowed_blocks),
+    _Series("kv_moved_out", "KV blocks that it moved to others.", lambda m: m.kv_moved_out_total, "counter"),
+    _Series("kv_moved_home", "KV blocks that it took home.", lambda m: m.kv_moved_home_total, "counter"),
+    _Series("kv_recalled", "KV blocks that it called back.", lambda m: m.kv_recalled_total, "counter"),
+    _Series("kv_lost", "Borrowed KV blocks that it lost or gave up.", lambda m: m.kv_lost_total, "counter"),
 )
 
 _COUNTERS: tuple[tuple[str, str, Callable[[SwarmFacts], int]], ...] = (

@@ -406,6 +406,72 @@ class SwarmSettings(Section):
     )
 
 
+class LendingSettings(Section):
+    """KV memory that machines of a swarm lend each other, if they serve the same blocks in the same formats."""
+
+    policy: Literal["off", "pull", "plan"] = setting(
+        "off",
+        "off: every machine keeps to its own memory; pull: who is short of it asks for some; plan: besides, one has "
+        "blocks moved where that serves more.",
+        flag="--lending",
+    )
+    lend_fraction: float = setting(
+        0.5, "Most of this machine's KV blocks that are lent at once.", unit="fraction", ge=0, le=1
+    )
+    keep_free_fraction: float = setting(
+        0.05, "Part of its KV blocks that stays free for its own sessions.", unit="fraction", ge=0, le=1
+    )
+    borrow_tokens: int = setting(
+        8192,
+        "Most context that this machine borrows memory for: how much longer than its own cache a session may become.",
+        unit="tokens",
+        flag="--borrow-tokens",
+        ge=0,
+        le=2**18,
+    )
+    moved_tokens_per_step: int = setting(
+        16,
+        "Tokens whose memory may move beside a step in which sessions decode; 0 moves none then.",
+        unit="tokens",
+        ge=0,
+        le=4096,
+    )
+    lease_s: float = setting(
+        5.0,
+        "How long a borrower may be silent before what it has borrowed is free again.",
+        unit="seconds",
+        gt=0,
+        le=3600,
+    )
+    recall_s: float = setting(
+        5.0, "How long a borrower has to return what is called back.", unit="seconds", gt=0, le=3600
+    )
+    heartbeat_s: float = setting(
+        0.5, "How often machines tell each other what is lent.", unit="seconds", ge=0.05, le=60
+    )
+    deadline_s: float = setting(
+        5.0,
+        "How long a lender may take to answer within a step; then what it holds is computed again.",
+        unit="seconds",
+        gt=0,
+        le=600,
+    )
+    wait_s: float = setting(
+        60.0,
+        "How long a session may stand still for memory that nobody lends, before it ends with an error.",
+        unit="seconds",
+        gt=0,
+        le=86400,
+    )
+    small_batch: int = setting(
+        8,
+        "For plan: a machine that runs fewer sessions than this while others wait should move memory out.",
+        unit="sessions",
+        ge=1,
+        le=4096,
+    )
+
+
 class LogSettings(Section):
     """What is said on standard error."""
 
@@ -430,6 +496,7 @@ class Settings(BaseSettings):
     scheduling: SchedulingSettings = SchedulingSettings()
     server: ServerSettings = ServerSettings()
     swarm: SwarmSettings = SwarmSettings()
+    lending: LendingSettings = LendingSettings()
     log: LogSettings = LogSettings()
 
 

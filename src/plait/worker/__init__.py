@@ -15,6 +15,7 @@ One machine of a swarm:
 swarm_node.py        its place there: membership.py: who else is; weight_exchange.py, weight_folder.py: weights
 member.py            which blocks it serves, when it moves, how it leaves
 span_source.py       the model on this machine: files, sizes, loaded engines; measure.py: how fast they are
+lending.py           KV memory lent and borrowed; remote_blocks.py: queries to creditors; lent_attention.py: answers
 span_worker.py       sessions over its blocks; engine_thread.py runs the steps, outbox.py sends what comes of them
 swarm_engine.py      requests as sessions over the swarm, as `AsyncEngine` serves them; session_driver.py, lookout.py,
                      swarm_model.py are its parts
@@ -23,6 +24,7 @@ swarm_gateway.py     that, a member, and what the gateway's HTTP side asks
 
 from plait.worker.async_engine import AsyncEngine, EngineState, LoadProgress, ServedModel
 from plait.worker.follower import follow_elsewhere
+from plait.worker.lending import LendingLimits
 from plait.worker.llm import LLM, CompletionOutput, Logprob, RequestOutput
 from plait.worker.lookout import Lookout
 from plait.worker.member import Member, MemberOptions
@@ -39,6 +41,7 @@ __all__ = [
     "AsyncEngine",
     "CompletionOutput",
     "EngineState",
+    "LendingLimits",
     "LoadProgress",
     "Logprob",
     "Lookout",

@@ -7,6 +7,7 @@ what it wants done is done. Queries travel beside that, at any time.
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -23,6 +24,7 @@ from plait.kvcache import (
     LendingAgent,
     LendingOptions,
     LoansChanged,
+    LoanTerms,
     Send,
     SendContent,
     StepSample,
@@ -77,6 +79,15 @@ class LendingLimits:
     deadline_s: float = 5.0
     wait_s: float = 60.0
 
+    def terms(self, kv_blocks: int) -> LoanTerms:
+        """What a machine with so many KV blocks lends."""
+        return LoanTerms(
+            lendable_blocks=int(self.lend_fraction * kv_blocks),
+            keep_free_blocks=math.ceil(self.keep_free_fraction * kv_blocks),
+            lease_s=self.lease_s,
+            recall_s=self.recall_s,
+        )
+
 
 Post = Callable[[PeerId, Message, Sequence[Buffer]], None]
 
@@ -100,6 +111,8 @@ class WorkerLending:
     ) -> None:
         assert engine.loans is not None
         loans = engine.loans
+        if not loans.book.lent_blocks:  # a worker before this one may have lent with this engine
+            loans.book.first_generation = max(loans.book.first_generation, first_number)
         if loans.store.extent_bytes > LARGEST_EXTENT_BYTES:
             raise BadSetup(
                 f"a KV block takes {loans.store.extent_bytes} bytes here, more than a message carries; lower "

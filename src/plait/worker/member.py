@@ -11,7 +11,7 @@ While it drains it serves the sessions that it has and takes none; their gateway
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -20,6 +20,7 @@ from typing import Literal, Protocol, Self
 import numpy as np
 
 from plait.cluster import (
+    PeerLending,
     PeerLoad,
     PeerProgress,
     PeerRates,
@@ -35,7 +36,7 @@ from plait.placement import better_span, choose_span
 from plait.wire import LeaveAsk, Message
 from plait.worker.async_engine import LoadProgress
 from plait.worker.span_source import LoadedSpan, StageProgress
-from plait.worker.span_worker import SpanWorker
+from plait.worker.span_worker import SpanWorker, SpanWorkerOptions
 from plait.worker.swarm_engine import RunBlocking
 from plait.worker.swarm_node import SwarmNode
 
@@ -217,8 +218,15 @@ class Member:
         self._rates = loaded.rates
         try:
             worker = SpanWorker(
-                self.node.network, loaded.engine, model=self.supply.model, run_step=loaded.run_step
+                self.node.network,
+                loaded.engine,
+                model=self.supply.model,
+                run_step=loaded.run_step,
+                options=SpanWorkerOptions(lending=loaded.lending),
+                first_number=int(self.node.unix_now() * 1e6),
             )
+            if worker.lending is not None:
+                worker.lending.group = lambda: self._lends_the_same(worker)
             async with worker:
                 self.worker = worker
                 self.node.add_hearer(worker)
@@ -310,6 +318,16 @@ class Member:
         drawn = [records[int(index)] for index in order if records[int(index)].state != "offline"]
         return [record.peer for record in sorted(drawn, key=lambda record: not record.span)]
 
+    def _lends_the_same(self, worker: SpanWorker) -> Mapping[PeerId, float]:
+        """Who lends KV blocks like this machine's, and how far they are in seconds, as far as that is known."""
+        assert worker.lending is not None
+        view, layout = self.view(), worker.lending.told().layout
+        return {
+            record.peer: view.rtts_s.get(record.peer, 0.0) / 2
+            for record in view.records.values()
+            if record.state == "online" and record.span == worker.blocks and record.lending.layout == layout
+        }
+
     # -- what others are told ----------------------------------------------------------------------------
 
     def _say(self, state: PeerState, blocks: range) -> None:
@@ -328,6 +346,7 @@ class Member:
                 load=self.load,
                 progress=self._told_progress(state),
                 terms=self.options.terms,
+                lending=self._told_lending(),
                 weight_format=supply.weight_format,
                 kv_format=supply.kv_format,
                 memory_bytes=supply.memory_bytes,
@@ -341,6 +360,10 @@ class Member:
         estimates = [network.estimate(peer) for peer in network.connected()]
         best = max((each.bandwidth_bytes_per_s for each in estimates if each is not None), default=0.0)
         return best / self.supply.hidden_bytes
+
+    def _told_lending(self) -> PeerLending:
+        worker = self.worker
+        return PeerLending() if worker is None or worker.lending is None else worker.lending.told()
 
     def _told_progress(self, state: PeerState) -> PeerProgress:
         if state != "joining":

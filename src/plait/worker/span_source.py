@@ -38,6 +38,7 @@ from plait.placement import BlockCost
 from plait.units import format_bytes
 from plait.wire import ModelFile, ModelTold
 from plait.worker.engine_thread import EngineThread, RunStep
+from plait.worker.lending import LendingLimits
 from plait.worker.measure import KeptRates, MeasuredOn, measure_rates
 from plait.worker.weight_exchange import OfferedModel, WeightExchange
 from plait.worker.weight_folder import HeldFiles, WeightFolder
@@ -63,15 +64,20 @@ class LoadedSpan:
     rates: PeerRates
     run_step: RunStep
     close: Callable[[], Awaitable[None]]
+    lending: LendingLimits | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpanLimits:
-    """How much a span may take: memory for weights and cache, None for most of what is free; and context to keep."""
+    """How much a span may take: memory for weights and cache, None for most of what is free; and context to keep.
+
+    `lending`: how KV memory of it is lent and other borrowed, None for not at all.
+    """
 
     memory_bytes: int | None
     context_tokens: int
     kv_cache_bytes: int | None = None
+    lending: LendingLimits | None = None
 
 
 class SpanSource:
@@ -199,18 +205,30 @@ class SpanSource:
                 lambda done, total: on_progress("fetching weights", done, total),
             )
         options = replace(self.options, kv_cache_bytes=kv_bytes)
+        lending = self._limits.lending
+        if lending is not None:
+            borrowable_blocks = lending.borrow_tokens // options.block_tokens
+            options = replace(options, limits=replace(options.limits, borrowable_blocks=borrowable_blocks))
         async with AsyncExitStack() as stack:
             thread = await stack.enter_async_context(EngineThread())
             engine, rates = await thread.run(lambda: self._load_and_measure(options, blocks, on_progress))
             stopping = stack.pop_all()
-        return LoadedSpan(engine=engine, rates=rates, run_step=thread.run, close=stopping.aclose)
+        return LoadedSpan(
+            engine=engine, rates=rates, run_step=thread.run, close=stopping.aclose, lending=lending
+        )
 
     def _load_and_measure(
         self, options: EngineOptions, blocks: range, on_progress: StageProgress
     ) -> tuple[SpanEngine, PeerRates]:
+        lending = self._limits.lending
         engine = load_span_engine(
-            options, blocks, on_progress=lambda done, total: on_progress("reading weights", done, total)
+            options,
+            blocks,
+            on_progress=lambda done, total: on_progress("reading weights", done, total),
+            loan_terms=None if lending is None else lending.terms(0),
         )
+        if lending is not None and engine.loans is not None:
+            engine.loans.book.terms = lending.terms(engine.store.kv_blocks)
         rates = self._kept_rates.find(self.measured_on)
         if rates is None:
             on_progress("measuring", 0, 0)

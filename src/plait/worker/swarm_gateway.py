@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -326,6 +326,7 @@ def _machine(record: PeerRecord, now_s: float) -> dict[str, Any]:
         "prefill_tokens_per_s": record.rates.prefill_tokens_per_s,
         "network_tokens_per_s": record.rates.network_tokens_per_s,
         "loading": _loading(record.progress) if record.state == "joining" else None,
+        "lending": asdict(record.lending) if record.lending.layout else None,
         "price_per_hour": record.terms.price_per_hour,
         "busy_watts": record.terms.busy_watts,
     }
@@ -379,6 +380,12 @@ def _facts(
         received_bytes_total=traffic.received_bytes,
         heartbeats_missed_total=traffic.missed_heartbeats,
         links_lost_total=traffic.losses,
+        kv_lent_blocks=record.lending.lent_blocks,
+        kv_borrowed_blocks=record.lending.borrowed_blocks,
+        kv_moved_out_total=record.lending.moved_out_total,
+        kv_moved_home_total=record.lending.moved_home_total,
+        kv_recalled_total=record.lending.recalled_total,
+        kv_lost_total=record.lending.lost_total,
     )
 
 

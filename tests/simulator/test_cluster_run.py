@@ -1,5 +1,7 @@
 """Requests over a simulated cluster: what must hold in every run, whatever breaks."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from clusters import LinearCosts, machine, replicas, run_of, swarm, trace
@@ -222,6 +224,25 @@ def test_who_waits_at_the_gateway_goes_in_order_of_arrival() -> None:
     run = run_of(replicas(2), requests, sessions_per_machine=1)
     run.run()
     assert list(run.outcomes.number) == list(range(12))
+
+
+def test_memory_grows_with_requests_in_flight_and_hardly_with_those_that_are_over() -> None:
+    def peak_bytes(count: int) -> int:
+        requests = (
+            TraceRequest(arrival_s=0.05 * number, prompt_tokens=64, output_tokens=2)
+            for number in range(count)
+        )
+        tracemalloc.start()
+        try:
+            run = run_of(replicas(1), requests, check="end")  # pyright: ignore[reportArgumentType]  one after the other
+            run.run()
+            assert run.peak_in_flight < 5 and len(run.outcomes) == count
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few, many = peak_bytes(300), peak_bytes(1500)
+    assert (many - few) / 1200 < 300  # bytes a request: its row of numbers and its gap
 
 
 def test_a_replay_stops_at_its_event_in_the_same_state() -> None:

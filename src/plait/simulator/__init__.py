@@ -14,7 +14,7 @@ The live system's decisions on a heap of events, for policies and capacity:
   simulated_lending.py   KV memory that machines lend each other; simulated_lender.py: one's end, with the live agent
   simulated_network.py   links; data_path.py: how requests (flight.py) flow over machines
   faults_of_run.py       what breaks when; cluster_faults.py: carries it out
-  cluster_trial.py       all of it drawn from a seed; buggify.py: rare branches, often; shrinking.py: what a failure takes
+  cluster_trial.py       all of it drawn from a seed; buggify.py: rare branches, often; shrinking.py: a failure's core
   replay.py              a recorded live run again, with the times that its steps took
   outcomes.py            what became of requests; report.py: that in numbers; timeline.py: as a Chrome trace
   scenario.py            all of it from a YAML file (scenario_run.py builds the run); scenarios/: examples

@@ -257,7 +257,7 @@ def test_a_creditor_that_never_takes_back_is_found(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(LoanBook, "renew", content)
     monkeypatch.setattr(LoanBook, "expire", patient)
-    with pytest.raises(AssertionError, match="leaked|still lent"):
+    with pytest.raises(AssertionError, match=r"leaked|still lent"):
         finished(run_of(lenders(), [LONG], check="end"))
 
 

@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass, field
 
-from comparison.policies import BATCHING, ORCA_ORACLE, PAGED, STATIC, Policy
+from comparison.policies import BATCHING, LENDING, ORCA_ORACLE, PAGED, STATIC, Policy
 
 
 @dataclass(frozen=True)
 class Case:
     """A cluster and a workload. `machines` are those of a scenario, all but their scheduling.
 
-    Load is a part of what `paged` serves when everything arrives at once. `limits_times_idle`: latencies at which
-    sustained rates are compared, in mean normalised latencies of the lowest load. `extra`: more of the scenario.
+    Load is a part of what `paged` serves when everything arrives at once. `link`: between any two machines. `extra`:
+    more of the scenario.
     """
 
     name: str
@@ -21,6 +21,7 @@ class Case:
     policies: tuple[Policy, ...] = BATCHING
     loads: tuple[float, ...] = (0.05, 0.12, 0.25, 0.4, 0.6, 0.85, 1.1, 1.5)
     extra: dict[str, str] = field(default_factory=dict[str, str], hash=False)
+    link: str = "one_way_s: 1.0e-4, bandwidth_bytes_per_s: 1.25e+9"
 
 
 COMMON_LOAD = 0.85
@@ -30,6 +31,7 @@ IDLE_LOAD = 0.05
 LOW_LOADS = (0.12, 0.25)
 """Only policies that may not sustain more run at these."""
 LIMITS_TIMES_IDLE = (2.0, 5.0)
+"""Latencies at which sustained rates are compared, in mean normalised latencies of the lowest load."""
 
 OPT_13B = "{name: server, device: a100-40gb, host_s: 0.002}"
 OPT_66B = "{name: server, device: a100-40gb, devices: 4, host_s: 0.002}"
@@ -95,4 +97,33 @@ UNEQUAL = tuple(
         ("llama-3-8b on 4090, 3090, 2 M2", "llama-3-8b", DESK),
     )
     for family in FAMILIES
+)
+
+EQUAL_GPUS = ("{name: gpu, count: 4, device: a100-80gb, host_s: 0.002, block_tokens: 256}",)
+BIG_DESK = tuple(f"{machine[:-1]}, block_tokens: 256}}" for machine in DESK)
+NVLINK = "one_way_s: 1.0e-5, bandwidth_bytes_per_s: 6.0e+11"
+HOME = "one_way_s: 3.0e-4, bandwidth_bytes_per_s: 1.25e+8"
+LONG_FAMILIES = {
+    "up to 4K": 60,
+    "up to 60K": 40,
+    "1 in 10 up to 300K": 50,
+    "documents": 50,
+}
+LONG = tuple(
+    Case(
+        f"{title}, {lengths}",
+        model,
+        machines,
+        lengths,
+        requests,
+        LENDING,
+        loads=(0.85, 2.0),
+        extra={"context_tokens": "400000"},
+        link=link,
+    )
+    for title, model, machines, link in (
+        ("llama-2-7b on 4 A100-80GB", "llama-2-7b", EQUAL_GPUS, NVLINK),
+        ("llama-3-8b on 4090, 3090, 2 M2", "llama-3-8b", BIG_DESK, HOME),
+    )
+    for lengths, requests in LONG_FAMILIES.items()
 )

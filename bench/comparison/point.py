@@ -14,7 +14,14 @@ from comparison.observed import Observer
 from comparison.policies import Policy
 from comparison.traces import TRACES, write_trace
 from plait.costs import CostModel, RooflineCosts, StepWork
-from plait.simulator import ClusterRun, latency_samples, parse_scenario, run_of_scenario
+from plait.simulator import (
+    ClusterRun,
+    latency_samples,
+    lending_of,
+    longest_context_tokens,
+    parse_scenario,
+    run_of_scenario,
+)
 
 STEP_TOKENS = 2048
 WARM_UP_FRACTION = 0.1
@@ -23,9 +30,12 @@ model: {model}
 machines:
 {machines}
 workload: {{{requests}, asks: {asks}}}
-network: {{within: {{one_way_s: 0.0001, bandwidth_bytes_per_s: 1.25e+9}}}}
+network: {{within: {{{link}}}}}
 seed: {seed}
 run: {{check: end, patience_s: 1.0e+9}}
+"""
+LOANS = """
+lending: {{policy: {policy}, moved_tokens_per_step: 64, heartbeat_s: 1, small_batch: 32, lease_s: 60, wait_s: 100000}}
 """
 
 
@@ -43,7 +53,10 @@ def scenario_text(case: Case, policy: Policy, rate_per_s: float, seed: int) -> s
         requests=requests,
         asks=policy.asks,
         seed=seed,
+        link=case.link,
     )
+    if policy.lending is not None:
+        text += LOANS.format(policy=policy.lending)
     return text + "".join(f"{key}: {value}\n" for key, value in case.extra.items())
 
 
@@ -68,7 +81,14 @@ def run_of(case: Case, policy: Policy, rate_per_s: float, seed: int) -> tuple[Cl
     scenario = parse_scenario(scenario_text(case, policy, rate_per_s, seed), case.name)
     with TemporaryDirectory() as folder:
         if case.lengths in TRACES:
-            write_trace(Path(folder) / "trace.jsonl", case.lengths, case.requests, rate_per_s, seed)
+            write_trace(
+                Path(folder) / "trace.jsonl",
+                case.lengths,
+                case.requests,
+                rate_per_s,
+                seed,
+                shares=policy.shares,
+            )
         run = run_of_scenario(scenario, Path(folder), timeline=observer)
     for worker in run.workers.values():
         worker.spec = replace(worker.spec, costs=_without_energy(worker.spec.costs))
@@ -103,6 +123,10 @@ def point(case: Case, policy: Policy, rate_per_s: float, seed: int) -> dict[str,
         "inside_kv_fraction": kv.inside / max(kv.held, 1),
         "useful_in_one_piece_fraction": kv.useful / max(kv.in_one_piece, 1),
         **served_evenly(run, seed),
+        "longest_context_tokens": longest_context_tokens(run.outcomes),
+        "kv_blocks_moved": lending["blocks_moved_out"] if (lending := lending_of(run)) else 0,
+        "prefix_hit_fraction": sum(each.prefix_hit_tokens for each in totals)
+        / max(sum(each.prefix_query_tokens for each in totals), 1),
     }
     if policy.scheduling == "static":
         found |= _latencies("per_batch", _answered_per_batch(run, observer.batches))

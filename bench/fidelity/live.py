@@ -10,7 +10,7 @@ import os
 import selectors
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,13 +82,13 @@ class Disturbance:
     steal_fraction: float
 
     @property
-    def calm(self) -> bool:
-        """Whether the run may be judged, or judge."""
-        return max(self.engine_fraction, self.steal_fraction) <= _CALM_FRACTION
+    def worst(self) -> float:
+        return max(self.engine_fraction, self.loop_fraction, self.steal_fraction)
 
     @property
-    def worst(self) -> float:
-        return max(self.engine_fraction, self.steal_fraction)
+    def calm(self) -> bool:
+        """Whether the run may be judged, or judge."""
+        return self.worst <= _CALM_FRACTION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +130,7 @@ class RecordedEngine(AsyncEngine):
 
 
 @asynccontextmanager
-async def serving(options: EngineOptions) -> AsyncIterator[RecordedEngine]:
+async def serving(options: EngineOptions) -> AsyncGenerator[RecordedEngine]:
     """An engine that is ready and warm."""
     async with RecordedEngine(options) as engine:
         if await engine.wait_settled() != "ready":

@@ -26,7 +26,6 @@ from plait.simulator import MachineSpec, replay
 from plait.workload import TraceRequest
 
 PROFILE_KV_BYTES = 512 << 20
-PROFILE_ROWS = 512
 PROFILE_CONTEXT = 1000
 KV_TOKENS = 32768
 MORE_PASSES = 2
@@ -46,6 +45,7 @@ class Wish:
     repeats: int
     requests: int
     configurations: int
+    profile_rows: int
     profile_repeats: int
     live_steps: int
     clock: Any
@@ -69,7 +69,7 @@ def take_profile(wish: Wish) -> Profile:
         options,
         ProfileWish(
             name=wish.name,
-            step_tokens=PROFILE_ROWS,
+            step_tokens=wish.profile_rows,
             context_tokens=PROFILE_CONTEXT,
             sequences=SEQUENCES,
             repeats=wish.profile_repeats,
@@ -80,30 +80,50 @@ def take_profile(wish: Wish) -> Profile:
     )
 
 
-def lives(options: EngineOptions, traces: Sequence[Sequence[TraceRequest]]) -> tuple[list[LiveRun], int]:
-    """Serve traces one after another on one engine; the runs, and the KV blocks that it had."""
+def lives(
+    options: EngineOptions, traces: Sequence[Sequence[TraceRequest]], repeats: int, *, more: int = MORE_PASSES
+) -> tuple[list[list[LiveRun]], int]:
+    """Serve traces on one engine, in passes over all of them, until each has so many calm runs or `more` passes than
+    that are over; of each the calm runs, or the calmest where they are too few. And the KV blocks that it had."""
+    found: list[list[LiveRun]] = [[] for _ in traces]
 
-    async def serve() -> tuple[list[LiveRun], int]:
+    async def serve() -> int:
         async with serving(options) as engine:
-            runs = [await run_live(engine, trace) for trace in traces]
-            return runs, engine.status().kv_blocks_total
+            for number in range(repeats + more):
+                for trace, runs in zip(traces, found, strict=True):
+                    if number < repeats or sum(run.disturbance.calm for run in runs) < repeats:
+                        runs.append(await run_live(engine, trace))
+            return engine.status().kv_blocks_total
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        return runner.run(serve())
+        kv_blocks = runner.run(serve())
+    return [_calmest(runs, repeats) for runs in found], kv_blocks
 
 
-def set_up(wish: Wish, profile: Profile) -> tuple[Setup, dict[str, Any]]:
-    """Find the capacity, and fit what surrounds the kernels, on traces of their own."""
+def _calmest(runs: Sequence[LiveRun], count: int) -> list[LiveRun]:
+    """Calm runs in the order in which they ran, then the others, the less disturbed before."""
+    calm = [run for run in runs if run.disturbance.calm]
+    others = sorted((run for run in runs if not run.disturbance.calm), key=lambda run: run.disturbance.worst)
+    return [*calm, *others][:count]
+
+
+def live_runs(
+    wish: Wish, profile: Profile
+) -> tuple[Setup, dict[str, Any], dict[tuple[float, int], list[LiveRun]]]:
+    """Find the capacity, serve the traces that calibrate and those that are judged, in passes over all of them, so that
+    both see the same minutes of the machine; and fit what the tables do not say to the former."""
     options = options_of(wish.folder, KV_TOKENS, profile.facts.kv_bytes_per_token)
     at_once = chat_trace(CALIBRATION_SEED, wish.requests, None)
-    (first, second), kv_blocks = lives(options, [at_once, at_once])
-    capacity_per_s = max(_per_s(first), _per_s(second))  # what was disturbed is slower
-    traces = [
+    (full,), kv_blocks = lives(options, [at_once], 2)
+    capacity_per_s = max(map(_per_s, full))  # what was disturbed is slower
+    fitted = [
         chat_trace(CALIBRATION_SEED + place, wish.requests, None if load is None else load * capacity_per_s)
         for place, load in enumerate(CALIBRATION_LOADS)
     ]
-    runs, _ = lives(options, traces)
-    calibration = calibrate(profile, runs)
+    judged = judged_traces(wish, capacity_per_s)
+    runs, _ = lives(options, [*fitted, *judged.values()], wish.repeats)
+    calibrating = runs[: len(fitted)]
+    calibration = calibrate(profile, [run for repeats in calibrating for run in repeats])
     machine = machine_like(options, kv_blocks, calibration.profile)
     simulated_per_s = _requests_per_s(simulate(machine, at_once, calibration.one_way_s).requests)
     setup = Setup(
@@ -113,7 +133,7 @@ def set_up(wish: Wish, profile: Profile) -> tuple[Setup, dict[str, Any]]:
         options=options,
         machine=machine,
     )
-    return setup, {
+    details = {
         "capacity_requests_per_s": capacity_per_s,
         "simulated_capacity_requests_per_s": simulated_per_s,
         "calibration": {
@@ -123,7 +143,17 @@ def set_up(wish: Wish, profile: Profile) -> tuple[Setup, dict[str, Any]]:
             "steps": calibration.steps,
         },
         "profile_errors": {name: asdict(errors) for name, errors in profile.errors.items()},
-        "disturbance": [asdict(run.disturbance) for run in runs],
+        "disturbed": _disturbed(calibrating),
+    }
+    return setup, details, dict(zip(judged, runs[len(fitted) :], strict=True))
+
+
+def judged_traces(wish: Wish, capacity_per_s: float) -> dict[tuple[float, int], tuple[TraceRequest, ...]]:
+    """By load and seed."""
+    return {
+        (load, seed): chat_trace(seed, wish.requests, load * capacity_per_s)
+        for load in wish.loads
+        for seed in range(wish.seeds)
     }
 
 
@@ -141,27 +171,23 @@ def judge_decisions(wish: Wish, setup: Setup) -> tuple[list[Figure], dict[str, A
         given = Configuration(name=name, policy=policy, kv_tokens=kv_tokens)
         options = given.options(setup.options, setup.profile.facts.kv_bytes_per_token)
         make = shared_trace if "prefixes" in name else chat_trace
-        (run,), kv_blocks = lives(options, [make(0, wish.requests, setup.capacity_per_s)])
+        ((run,),), kv_blocks = lives(options, [make(0, wish.requests, setup.capacity_per_s)], 1, more=0)
         figure, details[name] = _replayed(name, run, options, kv_blocks, setup)
         figures.append(figure)
     return figures, details
 
 
-def judge_requests(wish: Wish, setup: Setup) -> tuple[list[Figure], dict[str, Any], dict[str, Any]]:
+def judge_requests(
+    wish: Wish, setup: Setup, found: dict[tuple[float, int], list[LiveRun]]
+) -> tuple[list[Figure], dict[str, Any], dict[str, Any]]:
     """L2 and L3: figures, details, and samples for plots."""
-    traces = {
-        (load, seed): chat_trace(seed, wish.requests, load * setup.capacity_per_s)
-        for load in wish.loads
-        for seed in range(wish.seeds)
-    }
-    found = _repeated(setup.options, traces, wish.repeats)
-    figures, details = step_figures(
-        [found[key] for key in traces], setup.calibration.profile.table_costs(extrapolates=True)
+    traces = judged_traces(wish, setup.capacity_per_s)
+    runs = list(found.values())
+    figures, details = step_figures(runs, setup.calibration.profile.table_costs(extrapolates=True))
+    details = {"steps": details, "disturbed": _disturbed(runs), "loads": {}}
+    figure, details["replayed"] = _replayed(
+        "all of a run", found[wish.loads[-1], 0][0], setup.options, setup.machine.kv_blocks, setup
     )
-    details = {"steps": details, "disturbed": _disturbed(found.values()), "loads": {}}
-    key = (wish.loads[-1], 0)
-    kv_blocks = setup.machine.kv_blocks
-    figure, details["replayed"] = _replayed("all of a run", found[key][0], setup.options, kv_blocks, setup)
     figures.append(figure)
     samples: dict[str, Any] = {}
     for load in wish.loads:
@@ -186,26 +212,29 @@ def judge_ranking(wish: Wish, setup: Setup) -> tuple[list[Figure], dict[str, Any
     """L4: configurations in an order, live and simulated."""
     chosen = CONFIGURATIONS[: wish.configurations]
     trace = chat_trace(0, wish.requests, RANKED_LOAD * setup.capacity_per_s)
-    live: list[list[LiveRun]] = []
+    live: list[list[LiveRun]] = [[] for _ in chosen]
     simulated: list[tuple[RequestTimes, ...]] = []
-    preemptions: dict[str, Any] = {}
-    for given in chosen:
-        options = given.options(setup.options, setup.profile.facts.kv_bytes_per_token)
-        runs, kv_blocks = lives(options, [trace] * wish.repeats)
-        machine = machine_like(options, kv_blocks, setup.calibration.profile)
-        run = simulate(machine, trace, setup.calibration.one_way_s)
-        live.append(runs)
-        simulated.append(run.requests)
-        preemptions[given.name] = {
-            "live": [one.preemptions for one in runs],
-            "simulated": run.preemptions,
-        }
+    preemptions: list[int] = []
+    for number in range(wish.repeats):
+        for given, runs in zip(chosen, live, strict=True):
+            options = given.options(setup.options, setup.profile.facts.kv_bytes_per_token)
+            (once,), kv_blocks = lives(options, [trace], 1)
+            runs.extend(once)
+            if number == 0:
+                machine = machine_like(options, kv_blocks, setup.calibration.profile)
+                run = simulate(machine, trace, setup.calibration.one_way_s)
+                simulated.append(run.requests)
+                preemptions.append(run.preemptions)
     figures, details = ranking_figures(
         [given.name for given in chosen],
         [[run.requests for run in runs] for runs in live],
         simulated,
     )
-    return figures, {**details, "preemptions": preemptions, "disturbed": _disturbed(live)}
+    details["preemptions"] = {
+        given.name: {"live": [run.preemptions for run in runs], "simulated": count}
+        for given, runs, count in zip(chosen, live, preemptions, strict=True)
+    }
+    return figures, {**details, "disturbed": _disturbed(live)}
 
 
 def all_levels(wish: Wish, profile: Profile | None) -> tuple[list[Figure], dict[str, Any], dict[str, Any]]:
@@ -214,20 +243,20 @@ def all_levels(wish: Wish, profile: Profile | None) -> tuple[list[Figure], dict[
     say = _Progress(began_s)
     known = profile or take_profile(wish)
     say("profiled")
-    setup, before = set_up(wish, known)
-    say(f"calibrated: {setup.capacity_per_s:.1f} requests/s, {before['calibration']}")
+    setup, before, found = live_runs(wish, known)
+    say(f"served: {setup.capacity_per_s:.1f} requests/s, {before['calibration']}")
+    judged, details, samples = judge_requests(wish, setup, found)
+    say("simulated: L2 and L3")
     decisions, replayed = judge_decisions(wish, setup)
     say("L0")
     figures = [*decisions, *operation_figures(known)]
-    judged, details, samples = judge_requests(wish, setup)
-    say("L2 and L3")
     ranked: list[Figure] = []
     ranking: dict[str, Any] = {}
     if wish.configurations > 1:
         ranked, ranking = judge_ranking(wish, setup)
         say("L4")
     figures = sorted([*figures, *judged, *ranked], key=lambda figure: figure.level)
-    details = {"before": before, "L0": replayed, "L2 and L3": details, "L4": ranking}
+    details: dict[str, Any] = {"before": before, "L0": replayed, "L2 and L3": details, "L4": ranking}
     details["duration_s"] = time.monotonic() - began_s
     return figures, details, samples
 
@@ -240,29 +269,6 @@ class _Progress:
 
     def __call__(self, what: str) -> None:
         print(f"{time.monotonic() - self._began_s:6.0f} s  {what}", flush=True)
-
-
-def _repeated(
-    options: EngineOptions, traces: dict[tuple[float, int], tuple[TraceRequest, ...]], repeats: int
-) -> dict[tuple[float, int], list[LiveRun]]:
-    """Passes over all traces until each has so many calm runs; the calmest ones are kept where there are too few."""
-    found: dict[tuple[float, int], list[LiveRun]] = {key: [] for key in traces}
-
-    async def serve() -> None:
-        async with serving(options) as engine:
-            for number in range(repeats + MORE_PASSES):
-                for key, trace in traces.items():
-                    if number < repeats or sum(run.disturbance.calm for run in found[key]) < repeats:
-                        found[key].append(await run_live(engine, trace))
-
-    with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(serve())
-    return {
-        key: sorted(runs, key=lambda run: (not run.disturbance.calm, run.disturbance.worst))[:repeats]
-        if not all(run.disturbance.calm for run in runs)
-        else runs[:repeats]
-        for key, runs in found.items()
-    }
 
 
 def _replayed(
@@ -284,7 +290,7 @@ def _replayed(
     }
 
 
-def _disturbed(runs: Any) -> dict[str, Any]:
+def _disturbed(runs: Sequence[Sequence[LiveRun]]) -> dict[str, Any]:
     kept = [run for repeats in runs for run in repeats]
     return {
         "runs": len(kept),

@@ -18,6 +18,7 @@ from plait.costs import (
     non_negative_least_squares,
 )
 from plait.engine import EngineOptions
+from plait.ids import RequestId
 from plait.scheduling import policy_named
 from plait.simulator import (
     ClusterRun,
@@ -112,7 +113,7 @@ def _fit_host(
 def _one_way_s(runs: Sequence[LiveRun]) -> float:
     ways: list[float] = []
     for run in runs:
-        first_out_s = {}
+        first_out_s: dict[RequestId, float] = {}
         for step, times in zip(run.steps, run.step_times, strict=True):
             for id, _, _, samples in step.decision.chunks:
                 if samples and id not in first_out_s:

@@ -28,9 +28,9 @@ class Curve:
         """The largest place that was measured."""
         return self.places[-1]
 
-    def times(self, factor: float) -> "Curve":
-        """Every value multiplied."""
-        return Curve(self.places, tuple(factor * value for value in self.values))
+    def times(self, factor: float, plus: float = 0.0) -> "Curve":
+        """Every value multiplied, and a constant added."""
+        return Curve(self.places, tuple(factor * value + plus for value in self.values))
 
     def at(self, place: float) -> float:
         """The value at a place; never below 0."""

@@ -204,11 +204,13 @@ def tables_of(
     )
 
 
-def apply_factors(tables: OperationTables, factors: LiveFactors) -> OperationTables:
-    """Tables as an engine finds them."""
+def apply_factors(
+    tables: OperationTables, factors: LiveFactors, *, block_share: float = 1.0
+) -> OperationTables:
+    """Tables as an engine finds them; `block_share`: their blocks over those of the model."""
     return replace(
         tables,
-        dense=tables.dense.times(factors.dense),
+        dense=tables.dense.times(factors.dense, block_share * factors.per_step_s),
         head=tables.head.times(factors.dense) if tables.head else None,
         prefill=tables.prefill.times(factors.prefill) if tables.prefill else None,
         decode=tables.decode.times(factors.decode) if tables.decode else None,

@@ -134,6 +134,10 @@ def _fit(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[flo
         raise MissingCost(
             f"{len(target)} measured steps are too few for {matrix.shape[-1]} coefficients; measure more"
         )
-    matrix = matrix / target[:, None]
-    scale = np.maximum(np.abs(matrix).max(axis=0), 1e-300)
-    return tuple((non_negative_least_squares(matrix / scale, np.ones(len(target))) / scale).tolist())
+    scale_s, found = target, np.zeros(matrix.shape[-1])
+    for _ in range(2):  # then by what is predicted: weights by what was measured prefer what came out short
+        weighed = matrix / scale_s[:, None]
+        scale = np.maximum(np.abs(weighed).max(axis=0), 1e-300)
+        found = non_negative_least_squares(weighed / scale, target / scale_s) / scale
+        scale_s = np.maximum(matrix @ found, 1e-3 * target)
+    return tuple(found.tolist())

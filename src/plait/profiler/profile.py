@@ -123,7 +123,9 @@ def profile_model(
         on_progress=lambda done, all: report("engine", done, all),
     )
     factors, host = fit(steps, profile.table_costs(extrapolates=True))
-    profile = replace(profile, factors=factors, tables=apply_factors(profile.tables, factors))
+    share = len(blocks) / len(spec.blocks)
+    tables = apply_factors(profile.tables, factors, block_share=share)
+    profile = replace(profile, factors=factors, tables=tables)
     errors = judge(steps, _models(profile, spec), host)
     return replace(profile, host=host, errors={**profile.errors, **errors})
 

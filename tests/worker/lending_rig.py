@@ -5,6 +5,7 @@ import math
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 
 from swarm_rig import (
     BLOCKS,
@@ -43,6 +44,26 @@ LIMITS = LendingLimits(
 )
 
 
+_idle: dict[tuple[int, int, str], list[SpanEngine]] = {}
+_starts = count(1)
+
+
+def take_lending_engine(kv_blocks: int, borrow_blocks: int, dtype: str) -> SpanEngine:
+    """An engine that an earlier machine left, or a new one."""
+    idle = _idle.setdefault((kv_blocks, borrow_blocks, dtype), [])
+    return idle.pop() if idle else lending_engine(kv_blocks, borrow_blocks, dtype)
+
+
+def give_back_lending_engine(lender: "Lender", dtype: str, engine: SpanEngine) -> None:
+    """Its machine is gone: whoever borrowed from it has lost that."""
+    assert engine.loans is not None
+    for debtor in engine.loans.book.lent_to():
+        engine.loans.book.forget(debtor)
+    engine.check()
+    assert engine.loans.debts.borrowed_blocks == 0 and engine.load().sessions == 0
+    _idle[lender.kv_blocks, lender.borrow_blocks, dtype].append(engine)
+
+
 def lending_engine(kv_blocks: int, borrow_blocks: int, dtype: str = "float32") -> SpanEngine:
     """An engine of all of tiny whose pool has so many blocks of 16 tokens."""
     options = tiny_options(dtype)
@@ -75,7 +96,6 @@ class LendingRig(SwarmRig):
     def __init__(self, net: MemoryNet, *, carrier: str = "mem", dtype: str = "float32") -> None:
         super().__init__(net, dtype=dtype)
         self.carrier = carrier
-        self._starts = 0
 
     def carriers(self, name: str, identity: Identity) -> dict[str, Carrier]:
         if self.carrier == "tls":
@@ -92,16 +112,16 @@ class LendingRig(SwarmRig):
         network = Network(
             identity, secret=SECRET, carriers=self.carriers(name, identity), unix_now=lambda: UNIX_NOW_S
         )
-        engine = lending_engine(lender.kv_blocks, lender.borrow_blocks, self.dtype)
+        engine = take_lending_engine(lender.kv_blocks, lender.borrow_blocks, self.dtype)
+        stack.callback(give_back_lending_engine, lender, self.dtype, engine)
         thread = await stack.enter_async_context(EngineThread())
-        self._starts += 1
         worker = SpanWorker(
             network,
             engine,
             model=tiny_model().fingerprint,
             run_step=thread.run,
             options=SpanWorkerOptions(lending=lender.limits),
-            first_number=self._starts * 10**6,
+            first_number=next(_starts) * 10**6,
         )
         assert worker.lending is not None
         worker.lending.group = self.group

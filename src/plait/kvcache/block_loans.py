@@ -84,6 +84,8 @@ class BlockLoans:
         self.scheduler = scheduler
         self.pool = pool
         self._moves: dict[int, int] = {}
+        self.lost_total = 0
+        """Borrowed blocks that were lost, or given up before they were needed no more."""
         self._kept: list[int] = []
 
     @property
@@ -149,6 +151,7 @@ class BlockLoans:
     def lose(self, numbers: Iterable[int]) -> None:
         """Borrowed blocks are lost: whoever used them computes them again."""
         lost = list(numbers)
+        self.lost_total += len(lost)
         self.scheduler.lose(lost)
         for borrowed in lost:
             if borrowed in self._moves:

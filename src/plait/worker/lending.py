@@ -236,7 +236,7 @@ class WorkerLending:
             moved_out_total=counts.moved_out_total,
             moved_home_total=counts.moved_home_total,
             recalled_total=counts.recalled_total,
-            lost_total=counts.lost_total + counts.given_up_total,
+            lost_total=loans.lost_total,
             granted_total=counts.granted_total,
             refused_total=counts.refused_total,
             query_bytes_total=self.remote.query_bytes_total,

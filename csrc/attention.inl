@@ -17,6 +17,16 @@
 // - Hidden keys weigh exactly +0 and every chain starts at +0, so whether a tile that a row does not see is left out or
 //   computed, for the sake of other rows, changes nothing. Sums of partitions that start at +0 are never -0.
 //
+// Attention by parts (attend_partly) is for contexts that lie on several machines, each of which knows the largest of its
+// own scores only. Its canonical order is another one, in which it does not show where a KV block lies:
+//
+// - Weights are relative to a whole power of two. Relative to another one they are the same numbers, rounded to bfloat16
+//   or to codes alike, with other exponents: parts merge by exact factors. (Scores beyond 2^22 have no fractions that
+//   could be kept.)
+// - bfloat16: the sum of weights is that of the rounded ones, so that a single key keeps its value.
+// - Products are one chain inside a KV block. Blocks are added in float64, which is exact for numbers of float32 that
+//   differ by less than 2^29 in size, in any order, and after rounding to float32 almost certainly equal for others.
+//
 // Scores are kept times log2(e), which is folded into the scale: weights are then powers of two, whose reduction is
 // exact.
 //
@@ -83,17 +93,18 @@ constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kNegligible = 1e-30f;   // nothing is divided by less
 constexpr float kMostBf16 = 3.389e38f;  // what is larger may round to infinity
 
-// 2^x for x <= 0 or NaN: exactly 1 at 0 and 0 from -127 down; a denormal number, which counts as zero, just above. The
-// polynomial is the best of its degree on [-1/2, 1/2]; its relative error of 2^-18 is far below that of the weights in
-// the form that they are multiplied in, 2^-9.
-INLINE F16 exp2_f(F16 x) {
-    const F16 bounded = max_f(set_f(-127.0f), x);  // in this order NaN stays NaN
+// 2^(x - whole) for x <= whole + 1/2 or NaN, `lowest` being whole - 127: exactly 1 at `whole`, 0 from `lowest` down and a
+// denormal number, which counts as zero, just above. Another `whole` changes the exponent of the result and nothing else.
+// The polynomial is the best of its degree on [-1/2, 1/2]; its relative error of 2^-18 is far below that of the weights
+// in the form that they are multiplied in, 2^-9.
+INLINE F16 exp2_f(F16 x, F16 lowest, I16 whole) {
+    const F16 bounded = max_f(lowest, x);  // in this order NaN stays NaN
     const I16 n = round_to_i(bounded);
     const F16 r = bounded - to_f(n);
     const F16 square = r * r;
     const F16 low = set_f(1.0f) + r * set_f(0.6931241751f);
     const F16 high = (set_f(0.2402409911f) + r * set_f(0.05590642616f)) + square * set_f(0.009582852945f);
-    return as_f(as_i(low + square * high) + shift_left_i<23>(n));
+    return as_f(as_i(low + square * high) + shift_left_i<23>(n - whole));
 }
 // Weights as bfloat16.
 INLINE void store_weights(uint16_t* p, F16 weights) {
@@ -105,9 +116,9 @@ INLINE void store_weights(uint16_t* p, F16 weights) {
 }
 // The larger one; `b` if `a` is NaN.
 INLINE float larger_or(float a, float b) { return a > b ? a : b; }
-INLINE float exp2_of(float x) {
+INLINE float exp2_of(float x, int32_t whole = 0) {
     float lanes[16];
-    store_f(lanes, exp2_f(set_f(x)));
+    store_f(lanes, exp2_f(set_f(x), set_f(static_cast<float>(whole) - 127.0f), set_i(whole)));
     return lanes[0];
 }
 
@@ -179,6 +190,8 @@ struct ProductRow {
     float slope;         // what a key's position adds
     float sink;          // minus infinity: none
     float peak;          // the largest score, or the sink
+    float base;          // a score weighs 2^((score - base) - whole)
+    int32_t whole;
     float sum;           // of weights
     float* out;
 };
@@ -258,6 +271,8 @@ INLINE ProductRow product_row(const AttentionWork& work, const SequencePart& par
     row.slope = shape.slopes ? shape.slopes[head] * kLog2E : 0.0f;
     row.sink = shape.sinks ? shape.sinks[head] * kLog2E : -__builtin_inff();
     row.peak = row.sink;
+    row.base = 0.0f;
+    row.whole = 0;
     row.sum = 0.0f;
     row.out = work.out + (part.row + query) * work.out_stride + head * shape.dim;
     return row;
@@ -269,7 +284,24 @@ INLINE void find_rows(Unit& unit, const AttentionWork& work, const SequencePart&
         unit.row[i] = product_row(work, part, kv_head, row_begin + i / group, i % group);
 }
 
-// Where the tiles [begin, end) are. The values of tokens that are not written yet are cleared, in a copy.
+// The values of the last of `count` tiles, of which `written` tokens are written, with the others cleared, in a copy.
+INLINE void clear_unwritten(Unit& unit, const KvLayout& layout, int64_t count, int64_t written) {
+    __builtin_memcpy(unit.last_values, unit.values[count - 1], tile_bytes(layout.format, layout.dim));
+    const int64_t together = word_values(layout.format), size = weight_bytes(layout.format);
+    for (int64_t slot = written; slot < kTileTokens; ++slot) {
+        std::byte* word = unit.last_values + slot / together * 4 * layout.dim + slot % together * size;
+        for (int64_t i = 0; i < layout.dim; ++i) __builtin_memset(word + 4 * i, 0, size);
+        if (layout.format == KvFormat::int8)
+            __builtin_memset(unit.last_values + kTileTokens * layout.dim + 4 * slot, 0, 4);
+    }
+    unit.values[count - 1] = unit.last_values;
+}
+// Who fetches ahead of the last tile fetches it again.
+INLINE void repeat_last(Unit& unit, int64_t count) {
+    for (int64_t i = 0; i < kAheadTiles; ++i) unit.values[count + i] = unit.values[count - 1];
+}
+
+// Where the tiles [begin, end) are.
 INLINE void find_tiles(Unit& unit, const AttentionWork& work, const SequencePart& part, int64_t kv_head) {
     const KvLayout& layout = work.memory.layout;
     const int64_t bytes = tile_bytes(layout.format, layout.dim), per_block = layout.block_tokens / kTileTokens;
@@ -284,22 +316,10 @@ INLINE void find_tiles(Unit& unit, const AttentionWork& work, const SequencePart
             unit.values[tile - unit.begin] = keys + plane + inside * bytes;
         }
     }
-    const int64_t count = unit.end - unit.begin;
-    const int64_t written = part.start + part.tokens;
-    if (unit.end == tiles_of(written) && written % kTileTokens != 0) {
-        const std::byte* values = unit.values[count - 1];
-        __builtin_memcpy(unit.last_values, values, bytes);
-        const int64_t together = word_values(layout.format), size = weight_bytes(layout.format);
-        for (int64_t slot = written % kTileTokens; slot < kTileTokens; ++slot) {
-            std::byte* word = unit.last_values + slot / together * 4 * layout.dim + slot % together * size;
-            for (int64_t i = 0; i < layout.dim; ++i) __builtin_memset(word + 4 * i, 0, size);
-            if (layout.format == KvFormat::int8)
-                __builtin_memset(unit.last_values + kTileTokens * layout.dim + 4 * slot, 0, 4);
-        }
-        unit.values[count - 1] = unit.last_values;
-    }
-    // Who fetches ahead of the last tile fetches it again.
-    for (int64_t i = 0; i < kAheadTiles; ++i) unit.values[count + i] = unit.values[count - 1];
+    const int64_t count = unit.end - unit.begin, written = part.start + part.tokens;
+    if (unit.end == tiles_of(written) && written % kTileTokens != 0)
+        clear_unwritten(unit, layout, count, written % kTileTokens);
+    repeat_last(unit, count);
 }
 
 template <KvFormat format>
@@ -481,10 +501,31 @@ INLINE F16 row_maxima(const float* rows) {
 #endif
 }
 
+// Sums of weights: sixteen chains, one a lane; in float64 where they are of several KV blocks.
+template <class Sum> struct LaneSums;
+template <> struct LaneSums<float> {
+    F16 lanes = set_f(0.0f);
+    inline __attribute__((always_inline)) void add(F16 weights) { lanes = lanes + weights; }
+    inline __attribute__((always_inline)) float total() const { return sum_of(lanes); }
+};
+template <> struct LaneSums<double> {
+    double lanes[16] = {};
+    inline __attribute__((always_inline)) void add(F16 weights) {
+        float values[16];
+        store_f(values, weights);
+        for (int i = 0; i < 16; ++i) lanes[i] += static_cast<double>(values[i]);
+    }
+    inline __attribute__((always_inline)) double total() const {
+        double sum = 0.0;
+        for (double lane : lanes) sum += lane;
+        return sum;
+    }
+};
+
 // Weights of a block of product rows for the tiles [begin, end) of one partition; their sums [rows].
-template <KvFormat format>
+template <KvFormat format, class Sum>
 static void weigh_block(const Unit& unit, int64_t first_row, int64_t rows, int64_t begin, int64_t end,
-                        float* sums) {
+                        Sum* sums) {
     const int64_t count = end - begin;
     const std::byte* const* tiles = unit.values + (begin - unit.begin);
     unit.count->weighed += rows * count;
@@ -493,23 +534,26 @@ static void weigh_block(const Unit& unit, int64_t first_row, int64_t rows, int64
         for (int64_t i = 0; i < count; ++i)
             __builtin_memcpy(value_steps + 16 * i, tiles[i] + kTileTokens * unit.shape->dim, 64);
     for (int64_t r = 0; r < rows; ++r) {
-        const F16 peak = set_f(unit.row[first_row + r].peak);
+        const ProductRow& row = unit.row[first_row + r];
+        const F16 base = set_f(row.base), lowest = set_f(static_cast<float>(row.whole) - 127.0f);
+        const I16 whole = set_i(row.whole);
         const float* scores = unit.scores + (first_row + r) * unit.stride + (begin - unit.origin) * kTileTokens;
-        F16 sum = set_f(0.0f);
+        LaneSums<Sum> sum;
         if constexpr (format == KvFormat::bf16) {
             uint16_t* weights = reinterpret_cast<uint16_t*>(unit.weights) + r * kPartitionTokens;
             for (int64_t i = 0; i < count; ++i) {
-                const F16 weight = exp2_f(load_f(scores + 16 * i) - peak);
-                sum = sum + weight;
+                const F16 weight = exp2_f(load_f(scores + 16 * i) - base, lowest, whole);
                 store_weights(weights + 16 * i, weight);
+                // Where the largest weight is not exactly 1, what divides is what was multiplied.
+                sum.add(sizeof(Sum) == sizeof(double) ? load_bf16(weights + 16 * i) : weight);
             }
         } else {
             std::byte* codes = unit.weights + r * kPartitionTokens;
             float* steps = unit.steps + r * kPartitionTiles;
             float folded[kPartitionTokens], inverses[kPartitionTiles];
             for (int64_t i = 0; i < count; ++i) {
-                const F16 weight = exp2_f(load_f(scores + 16 * i) - peak);
-                sum = sum + weight;
+                const F16 weight = exp2_f(load_f(scores + 16 * i) - base, lowest, whole);
+                sum.add(weight);
                 store_f(folded + 16 * i, weight * load_f(value_steps + 16 * i));
             }
             for (int64_t i = count; i % 16 != 0; ++i) store_f(folded + 16 * i, set_f(0.0f));
@@ -522,7 +566,7 @@ static void weigh_block(const Unit& unit, int64_t first_row, int64_t rows, int64
             for (int64_t i = 0; i < count; ++i)
                 store_i8(codes + 16 * i, round_to_i(load_f(folded + 16 * i) * set_f(inverses[i])));
         }
-        sums[r] = sum_of(sum);
+        sums[r] = sum.total();
     }
 }
 
@@ -624,10 +668,11 @@ INLINE void add_all_columns(const Pass& pass, int64_t rows) {
     }
 }
 
-// Weighted values of a block of product rows over the tiles [begin, end) of one partition -> partial [rows][stride].
+// Weighted values of a block of product rows over the tiles [begin, end) of one partition -> partial [rows][stride]. The
+// weights are those of the tiles from `weighed` on.
 template <KvFormat format>
-static void multiply_block(const Unit& unit, int64_t first_row, int64_t rows, int64_t begin, int64_t end,
-                           float* partial, int64_t stride) {
+static void multiply_block(const Unit& unit, int64_t first_row, int64_t rows, int64_t weighed, int64_t begin,
+                           int64_t end, float* partial, int64_t stride) {
     const int64_t dim = unit.shape->dim;
     for (int64_t r = 0; r < rows; ++r)
         for (int64_t i = 0; i < dim; i += 16) store_f(partial + r * stride + i, set_f(0.0f));
@@ -639,8 +684,8 @@ static void multiply_block(const Unit& unit, int64_t first_row, int64_t rows, in
         for (int64_t number = 0; number < passes; ++number) {
             const int64_t r = number * kValueRows;
             Pass pass;
-            pass.weights = unit.weights + (r * kPartitionTokens + (tile - begin) * kTileTokens) * weight_bytes(format);
-            pass.steps = unit.steps + r * kPartitionTiles + (tile - begin);
+            pass.weights = unit.weights + (r * kPartitionTokens + (tile - weighed) * kTileTokens) * weight_bytes(format);
+            pass.steps = unit.steps + r * kPartitionTiles + (tile - weighed);
             pass.tiles = unit.values + (tile - unit.begin);
             pass.count = smaller(chunk, end - tile);
             pass.dim = dim;
@@ -661,7 +706,7 @@ INLINE void clear_out(const ProductRow& row, int64_t dim) {
     for (int64_t i = 0; i < dim; i += 16) store_f(row.out + i, set_f(0.0f));
 }
 INLINE void finish_row(const ProductRow& row, int64_t dim, bool has_sink) {
-    const float total = has_sink ? row.sum + exp2_of(row.sink - row.peak) : row.sum;
+    const float total = has_sink ? row.sum + exp2_of(row.sink - row.base, row.whole) : row.sum;
     for (int64_t i = 0; i < dim; i += 16) store_f(row.out + i, load_f(row.out + i) / set_f(total));
 }
 
@@ -688,6 +733,7 @@ static void attend_as(const AttentionWork& work, const SequencePart& part, int64
             score_block<format>(unit, block, tile, tile + kStripTiles);
     for (int64_t i = 0; i < unit.rows; ++i) {
         unit.row[i].peak = larger_or(max_of(load_f(unit.peaks + 16 * i)), unit.row[i].sink);
+        unit.row[i].base = unit.row[i].peak;
         clear_out(unit.row[i], dim);
     }
     for (int64_t part_begin = unit.begin / kPartitionTiles * kPartitionTiles; part_begin < unit.end;
@@ -701,7 +747,7 @@ static void attend_as(const AttentionWork& work, const SequencePart& part, int64
             if (begin >= end) continue;
             float sums[kBlockRows];
             weigh_block<format>(unit, block, rows, begin, end, sums);
-            multiply_block<format>(unit, block, rows, begin, end, unit.partial, dim);
+            multiply_block<format>(unit, block, rows, begin, begin, end, unit.partial, dim);
             for (int64_t r = 0; r < rows; ++r) {
                 unit.row[block + r].sum = unit.row[block + r].sum + sums[r];
                 add_to(unit.row[block + r].out, unit.partial + r * dim, dim);
@@ -794,13 +840,16 @@ static void split_products_as(const AttentionWork& work, const SequencePart& par
     unit.scores = const_cast<float*>(scores);  // from here on they are only read
     find_rows(unit, work, part, kv_head, 0);
     find_tiles(unit, work, part, kv_head);
-    for (int64_t i = 0; i < group; ++i) unit.row[i].peak = split_peak(unit.row[i], i, part, scores);
+    for (int64_t i = 0; i < group; ++i) {
+        unit.row[i].peak = split_peak(unit.row[i], i, part, scores);
+        unit.row[i].base = unit.row[i].peak;
+    }
     partial += partition * group * (dim + 1);
     for (int64_t block = 0; block < group; block += kBlockRows) {
         const int64_t rows = smaller(kBlockRows, group - block);
         float sums[kBlockRows];
         weigh_block<format>(unit, block, rows, unit.begin, unit.end, sums);
-        multiply_block<format>(unit, block, rows, unit.begin, unit.end, partial + block * (dim + 1), dim + 1);
+        multiply_block<format>(unit, block, rows, unit.begin, unit.begin, unit.end, partial + block * (dim + 1), dim + 1);
         for (int64_t r = 0; r < rows; ++r) partial[(block + r) * (dim + 1) + dim] = sums[r];
     }
 }
@@ -827,6 +876,7 @@ static void split_merge(const AttentionWork& work, const SequencePart& part, int
     for (int64_t i = 0; i < group; ++i) {
         ProductRow row = product_row(work, part, kv_head, 0, i);
         row.peak = split_peak(row, i, part, scores);
+        row.base = row.peak;
         clear_out(row, dim);
         for (int64_t p = row.first / kPartitionTokens; p < partitions_of(part); ++p) {
             const float* own = partial + (p * group + i) * (dim + 1);
@@ -835,4 +885,182 @@ static void split_merge(const AttentionWork& work, const SequencePart& part, int
         }
         finish_row(row, dim, work.shape.sinks != nullptr);
     }
+}
+
+// ---- a part of the context ------------------------------------------------------------------------------------------
+
+INLINE int64_t tiles_per_block(const KvLayout& layout) { return layout.block_tokens / kTileTokens; }
+// The place in the sequence, in tiles, of the tile `index` of these blocks, and back: the first of their tiles from there
+// on.
+INLINE int64_t place_of(const ContextBlocks& blocks, int64_t per_block, int64_t index) {
+    return blocks.starts[index / per_block] / kTileTokens + index % per_block;
+}
+INLINE int64_t first_from(const ContextBlocks& blocks, int64_t per_block, int64_t place) {
+    int64_t low = 0, high = blocks.count;  // the first block that ends behind the place
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (blocks.starts[middle] / kTileTokens + per_block > place)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    if (low == blocks.count) return low * per_block;
+    return low * per_block + larger(0, place - blocks.starts[low] / kTileTokens);
+}
+
+// Where the tiles with the numbers [begin, end) of the blocks are.
+INLINE void find_listed_tiles(Unit& unit, const AttentionWork& work, const SequencePart& part,
+                              const ContextBlocks& blocks, int64_t kv_head) {
+    const KvLayout& layout = work.memory.layout;
+    const int64_t bytes = tile_bytes(layout.format, layout.dim), per_block = tiles_per_block(layout);
+    const int64_t page = (work.layer * 2 * layout.heads + kv_head) * layout.head_bytes();
+    const int64_t plane = layout.heads * layout.head_bytes(), count = unit.end - unit.begin;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t index = unit.begin + i;
+        unit.keys[i] = work.memory.data + blocks.kv_blocks[index / per_block] * layout.extent_bytes() + page +
+                       index % per_block * bytes;
+        unit.values[i] = unit.keys[i] + plane;
+    }
+    const int64_t written = part.start + part.tokens;
+    if (place_of(blocks, per_block, unit.end - 1) + 1 == tiles_of(written) && written % kTileTokens != 0)
+        clear_unwritten(unit, layout, count, written % kTileTokens);
+    repeat_last(unit, count);
+}
+
+// What scores are relative to, once the largest is known: the whole number nearest to it, if it has a fraction left.
+INLINE void choose_base(ProductRow& row) {
+    constexpr float kMostWhole = 1 << 22;
+    const bool rounds = row.peak < kMostWhole && row.peak > -kMostWhole;
+    row.base = rounds ? 0.0f : row.peak;
+    row.whole = rounds ? static_cast<int32_t>(__builtin_rintf(row.peak)) : 0;
+}
+INLINE void add_wide(double* out, const float* in, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) out[i] += static_cast<double>(in[i]);
+}
+
+// Tiles are counted through the blocks, wherever these lie in the sequence; where they lie matters to what a row sees.
+template <KvFormat format>
+static void attend_partly_as(const AttentionWork& work, const SequencePart& part, const ContextBlocks& blocks,
+                             int64_t kv_head, int64_t row_begin, int64_t row_end, const PartialRows& out,
+                             std::byte* scratch) {
+    const AttentionShape& shape = work.shape;
+    const int64_t dim = shape.dim, group = shape.heads / shape.kv_heads, per_block = tiles_per_block(work.memory.layout);
+    // Products are one chain inside a KV block, or inside 512 keys of a larger one; weights are made for 512 keys at once.
+    const int64_t chain = smaller(per_block, kPartitionTiles);
+    const auto chain_end = [&](int64_t tile) {
+        const int64_t inside = tile % per_block;
+        return tile + smaller(chain - inside % chain, per_block - inside);
+    };
+    const auto range_end_of = [&](int64_t tile) {
+        return per_block > chain ? chain_end(tile) : (tile / per_block + kPartitionTiles / per_block) * per_block;
+    };
+    const auto from_place = [&](int64_t place) { return first_from(blocks, per_block, place); };
+    const auto place = [&](int64_t index) { return place_of(blocks, per_block, index); };
+    const int64_t first = from_place(first_key(shape, part.start + row_begin) / kTileTokens);
+    const int64_t stop = larger(first, from_place(tiles_of(part.start + row_end)));
+    Unit unit;
+    unit.shape = &shape;
+    lay_out(unit, format, dim, (row_end - row_begin) * group, stop - first, stop - first, scratch);
+    *unit.count = {};
+    find_rows(unit, work, part, kv_head, row_begin);
+    const auto pair_of = [&](int64_t i) { return (row_begin + i / group) * shape.heads + kv_head * group + i % group; };
+    for (int64_t i = 0; i < unit.rows; ++i) {
+        out.weight[pair_of(i)] = 0.0;
+        for (int64_t j = 0; j < dim; ++j) out.summed[pair_of(i) * dim + j] = 0.0;
+    }
+    clear_peaks(unit);
+    if (first < stop) {
+        unit.begin = first;
+        unit.end = stop;
+        find_listed_tiles(unit, work, part, blocks, kv_head);
+        pack_queries<format>(unit, work, part, kv_head, row_begin);
+    }
+    // Scores want the places of tiles: blocks that lie side by side are gone through at once.
+    for (int64_t index = first; index < stop;) {
+        int64_t run_end = index + per_block - index % per_block;
+        while (run_end < stop && place(run_end) == place(run_end - 1) + 1) run_end += per_block;
+        run_end = smaller(run_end, stop);
+        unit.begin = unit.origin = first + place(index) - index;
+        for (; index < run_end; index += kStripTiles)
+            for (int64_t block = 0; block < unit.rows; block += kBlockRows)
+                score_block<format>(unit, block, place(index), place(index) + smaller(kStripTiles, run_end - index));
+        index = run_end;
+    }
+    for (int64_t i = 0; i < unit.rows; ++i) {
+        unit.row[i].peak = max_of(load_f(unit.peaks + 16 * i));
+        choose_base(unit.row[i]);
+        out.most[pair_of(i)] = static_cast<double>(unit.row[i].base) + unit.row[i].whole;
+        if (!(unit.row[i].peak > -__builtin_inff())) unit.row[i].base = 0.0f;  // sees nothing: weights are 0, not NaN
+    }
+    unit.begin = unit.origin = first;
+    for (int64_t index = first; index < stop;) {
+        const int64_t range_end = smaller(stop, range_end_of(index));
+        for (int64_t block = 0; block < unit.rows; block += kBlockRows) {
+            const int64_t rows = smaller(kBlockRows, unit.rows - block);
+            const int64_t begin = larger(index, from_place(unit.row[block].first / kTileTokens));
+            const int64_t end = smaller(range_end, from_place(tiles_of(unit.row[block + rows - 1].end)));
+            if (begin >= end) continue;
+            double sums[kBlockRows];
+            weigh_block<format>(unit, block, rows, begin, end, sums);
+            for (int64_t r = 0; r < rows; ++r) out.weight[pair_of(block + r)] += sums[r];
+            for (int64_t tile = begin; tile < end;) {
+                const int64_t block_end = smaller(end, chain_end(tile));
+                multiply_block<format>(unit, block, rows, begin, tile, block_end, unit.partial, dim);
+                for (int64_t r = 0; r < rows; ++r)
+                    add_wide(out.summed + pair_of(block + r) * dim, unit.partial + r * dim, dim);
+                tile = block_end;
+            }
+        }
+        index = range_end;
+    }
+}
+
+static void attend_partly(const AttentionWork& work, const SequencePart& part, const ContextBlocks& blocks,
+                          int64_t kv_head, int64_t row_begin, int64_t row_end, const PartialRows& out,
+                          std::byte* scratch) {
+    if (work.memory.layout.format == KvFormat::bf16)
+        attend_partly_as<KvFormat::bf16>(work, part, blocks, kv_head, row_begin, row_end, out, scratch);
+    else
+        attend_partly_as<KvFormat::int8>(work, part, blocks, kv_head, row_begin, row_end, out, scratch);
+}
+
+// 2^x for x <= 0 or NaN, exactly for the whole numbers that parts are mostly relative to.
+INLINE double exp2_wide(double x) {
+    if (!(x >= -1022.0)) return x < 0.0 ? 0.0 : x;
+    const auto whole = static_cast<int64_t>(x);
+    if (static_cast<double>(whole) != x) return static_cast<double>(exp2_of(static_cast<float>(x)));
+    const int64_t bits = (1023 + whole) << 52;
+    double value;
+    __builtin_memcpy(&value, &bits, 8);
+    return value;
+}
+
+static void merge_parts(const PartialRows* parts, int64_t count, int64_t pair, int64_t dim, double* most,
+                        double* weight, double* summed) {
+    *most = -__builtin_inf();
+    for (int64_t i = 0; i < count; ++i)
+        if (parts[i].most[pair] > *most) *most = parts[i].most[pair];
+    *weight = 0.0;
+    for (int64_t j = 0; j < dim; ++j) summed[j] = 0.0;
+    for (int64_t i = 0; i < count; ++i) {
+        if (parts[i].most[pair] == -__builtin_inf()) continue;  // has seen nothing
+        const double factor = exp2_wide(parts[i].most[pair] - *most);
+        const double* own = parts[i].summed + pair * dim;
+        *weight += parts[i].weight[pair] * factor;
+        for (int64_t j = 0; j < dim; ++j) summed[j] += own[j] * factor;
+    }
+}
+
+static void finish_part(const AttentionShape& shape, int64_t head, double most, double weight, const double* summed,
+                        float* out) {
+    double factor = 1.0;
+    if (shape.sinks) {
+        ProductRow row;
+        row.sink = shape.sinks[head] * kLog2E;
+        row.peak = larger_or(static_cast<float>(most), row.sink);
+        choose_base(row);
+        factor = exp2_wide(most - row.base - row.whole);
+        weight = weight * factor + static_cast<double>(exp2_of(row.sink - row.base, row.whole));
+    }
+    for (int64_t j = 0; j < shape.dim; ++j) out[j] = static_cast<float>(summed[j] * factor / weight);
 }

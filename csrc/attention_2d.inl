@@ -19,6 +19,7 @@ static void attend_2d_as(const AttentionWork& work, const SequencePart& part, in
     find_tiles(unit, work, part, kv_head);
     pack_queries<format>(unit, work, part, kv_head, row_begin);
     for (int64_t i = 0; i < unit.rows; ++i) {
+        unit.row[i].base = unit.row[i].peak;
         unit.row[i].sum = shape.sinks ? 1.0f : 0.0f;  // the sink's weight while nothing else has been seen
         clear_out(unit.row[i], dim);
     }
@@ -41,11 +42,11 @@ static void attend_2d_as(const AttentionWork& work, const SequencePart& part, in
                 const float shrink = exp2_of(row.peak - peak);
                 for (int64_t i = 0; i < dim; i += 16) store_f(row.out + i, load_f(row.out + i) * set_f(shrink));
                 row.sum = row.sum * shrink;
-                row.peak = peak;
+                row.peak = row.base = peak;
             }
             float sums[kBlockRows];
             weigh_block<format>(unit, block, block_rows, begin, end, sums);
-            multiply_block<format>(unit, block, block_rows, begin, end, unit.partial, dim);
+            multiply_block<format>(unit, block, block_rows, begin, begin, end, unit.partial, dim);
             for (int64_t r = 0; r < block_rows; ++r) {
                 unit.row[block + r].sum = unit.row[block + r].sum + sums[r];
                 add_to(unit.row[block + r].out, unit.partial + r * dim, dim);

@@ -7,185 +7,15 @@
 #include <nanobind/stl/string.h>
 
 #include <map>
+#include <memory>
 #include <optional>
-#include <stdexcept>
 
-#include "bindings.h"
-#include "decoder.h"
+#include "model_reader.h"
 
 namespace nb = nanobind;
 
 namespace plait {
 namespace {
-
-template <class T> using Array = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
-
-[[noreturn]] void refuse(const std::string& sentence) { throw nb::value_error(sentence.c_str()); }
-
-template <class T> T value_of(const nb::dict& dict, const char* key) {
-    if (!dict.contains(key)) refuse(std::string("the description of the model lacks '") + key + "'");
-    return nb::cast<T>(dict[key]);
-}
-
-bool has(const nb::dict& dict, const char* key) { return dict.contains(key) && !dict[key].is_none(); }
-
-// Reads the dictionaries; every array it points into is kept in `kept`.
-class Reader {
-  public:
-    Reader(nb::object weights, nb::list kept) : kept_(std::move(kept)) {
-        const auto bytes = nb::cast<Array<const uint8_t>>(weights);
-        data_ = reinterpret_cast<const std::byte*>(bytes.data());
-        size_ = static_cast<int64_t>(bytes.size());
-        kept_.append(weights);
-    }
-
-    const float* floats(const nb::dict& dict, const char* key, int64_t at_least) {
-        if (!has(dict, key)) return nullptr;
-        nb::object array = nb::borrow(dict[key]);
-        const auto view = nb::cast<Array<const float>>(array);
-        if (static_cast<int64_t>(view.size()) < at_least)
-            refuse(std::string("'") + key + "' has " + std::to_string(view.size()) + " numbers, not " + std::to_string(at_least));
-        kept_.append(array);
-        return view.data();
-    }
-
-    // {"format", "columns", "depth", "offset"[, "bias"]}
-    Linear linear(const nb::dict& dict, const char* key) {
-        if (!has(dict, key)) return {};
-        return linear(nb::cast<nb::dict>(dict[key]), std::string(key));
-    }
-    Linear linear(const nb::dict& one, const std::string& name) {
-        Linear result;
-        const int format = value_of<int>(one, "format");
-        if (format < 0 || format > 3) refuse("'" + name + "' has no known weight format");
-        result.matrix.format = static_cast<WeightFormat>(format);
-        result.matrix.columns = value_of<int64_t>(one, "columns");
-        result.matrix.depth = value_of<int64_t>(one, "depth");
-        const int64_t offset = value_of<int64_t>(one, "offset");
-        if (result.matrix.columns < 1 || result.matrix.depth < 1 || offset < 0 || offset % 64 ||
-            offset + result.matrix.bytes() > size_)
-            refuse("'" + name + "' does not lie within the packed weights");
-        result.matrix.data = data_ + offset;
-        result.bias = floats(one, "bias", result.matrix.panels() * kPanelColumns);
-        return result;
-    }
-    std::vector<Linear> linears(const nb::dict& dict, const char* key) {
-        std::vector<Linear> result;
-        if (has(dict, key))
-            for (nb::handle one : nb::cast<nb::list>(dict[key])) result.push_back(linear(nb::cast<nb::dict>(one), std::string(key)));
-        return result;
-    }
-
-    // {"kind", "eps"[, "weight", "bias"]}
-    Norm norm(const nb::dict& dict, const char* key, int64_t width) {
-        Norm result;
-        if (!has(dict, key)) return result;
-        const nb::dict one = nb::cast<nb::dict>(dict[key]);
-        result.present = true;
-        result.work.kind = static_cast<NormKind>(value_of<int>(one, "kind"));
-        result.work.eps = value_of<float>(one, "eps");
-        result.work.weight = floats(one, "weight", width);
-        result.work.bias = floats(one, "bias", width);
-        return result;
-    }
-
-    FeedForwardParts feed_forward(const nb::dict& dict, const char* key) {
-        const nb::dict one = value_of<nb::dict>(dict, key);
-        FeedForwardParts result;
-        result.gated = value_of<bool>(one, "gated");
-        result.activation = static_cast<Activation>(value_of<int>(one, "activation"));
-        result.swiglu_alpha = value_of<float>(one, "swiglu_alpha");
-        result.swiglu_limit = value_of<float>(one, "swiglu_limit");
-        result.inner = value_of<int64_t>(one, "inner");
-        return result;
-    }
-
-    BlockParts block(const nb::dict& dict, int64_t hidden) {
-        BlockParts result;
-        result.placement = static_cast<Placement>(value_of<int>(dict, "placement"));
-        result.residual_scale = value_of<float>(dict, "residual_scale");
-        result.attention_in = norm(dict, "attention_in", hidden);
-        result.attention_out = norm(dict, "attention_out_norm", hidden);
-        result.mlp_in = norm(dict, "mlp_in", hidden);
-        result.mlp_out = norm(dict, "mlp_out", hidden);
-
-        AttentionShape& shape = result.attention;
-        shape.heads = value_of<int64_t>(dict, "heads");
-        shape.kv_heads = value_of<int64_t>(dict, "kv_heads");
-        shape.dim = value_of<int64_t>(dict, "dim");
-        if (shape.kv_heads < 1 || shape.heads % shape.kv_heads || shape.dim < 16 || shape.dim % 16)
-            refuse("heads must be a multiple of kv_heads, and the head's dimension one of 16");
-        shape.scale = value_of<float>(dict, "scale");
-        shape.window_tokens = value_of<int64_t>(dict, "window_tokens");
-        shape.chunk_tokens = value_of<int64_t>(dict, "chunk_tokens");
-        shape.softcap = value_of<float>(dict, "softcap");
-        shape.sinks = floats(dict, "sinks", shape.heads);
-        shape.slopes = floats(dict, "slopes", shape.heads);
-        result.qkv = linear(dict, "qkv");
-        result.out = linear(dict, "out");
-        const int64_t projected = (shape.heads + 2 * shape.kv_heads) * shape.dim;
-        if (result.qkv.matrix.columns != projected || result.qkv.matrix.depth != hidden ||
-            result.out.matrix.depth != shape.heads * shape.dim || result.out.matrix.columns != hidden)
-            refuse("the attention's matrices do not have the shapes of its heads");
-        result.rope = value_of<int>(dict, "rope");
-        result.rotary_dim = value_of<int64_t>(dict, "rotary_dim");
-        if (result.rope >= 0 && (result.rotary_dim < 2 || result.rotary_dim % 2 || result.rotary_dim > shape.dim))
-            refuse("the rotary dimension does not fit the head's");
-        result.has_temperature = value_of<bool>(dict, "has_temperature");
-        result.norm_over_head = value_of<bool>(dict, "norm_over_head");
-        result.norm_after_rope = value_of<bool>(dict, "norm_after_rope");
-        result.query_norm = norm(dict, "query_norm", result.norm_over_head ? shape.dim : shape.heads * shape.dim);
-        result.key_norm = norm(dict, "key_norm", result.norm_over_head ? shape.dim : shape.kv_heads * shape.dim);
-
-        result.mlp = feed_forward(dict, "mlp");
-        result.experts_up = linears(dict, "experts_up");
-        result.experts_down = linears(dict, "experts_down");
-        if (result.experts_up.empty()) {
-            result.up = linear(dict, "up");
-            result.down = linear(dict, "down");
-            check_feed_forward(result.up, result.down, result.mlp, hidden);
-            return result;
-        }
-        RouterWork& routing = result.routing;
-        routing.experts = static_cast<int64_t>(result.experts_up.size());
-        routing.chosen = value_of<int64_t>(dict, "chosen");
-        routing.groups = value_of<int64_t>(dict, "groups");
-        routing.kept_groups = value_of<int64_t>(dict, "kept_groups");
-        routing.sigmoid = value_of<bool>(dict, "sigmoid");
-        routing.renormalises = value_of<bool>(dict, "renormalises");
-        routing.best_two = value_of<bool>(dict, "best_two");
-        routing.scale = value_of<float>(dict, "router_scale");
-        routing.correction = floats(dict, "correction", routing.experts);
-        if (result.experts_down.size() != result.experts_up.size() || routing.chosen < 1 || routing.chosen > routing.experts ||
-            routing.groups < 1 || routing.experts % routing.groups || routing.experts > 4096)
-            refuse("the mixture's experts do not fit its router");
-        result.router = floats(dict, "router", routing.experts * hidden);
-        if (!result.router) refuse("a mixture of experts needs a router");
-        result.router_bias = floats(dict, "router_bias", routing.experts);
-        result.weighs_input = value_of<bool>(dict, "weighs_input");
-        for (size_t expert = 0; expert < result.experts_up.size(); ++expert)
-            check_feed_forward(result.experts_up[expert], result.experts_down[expert], result.mlp, hidden);
-        result.shared_up = linear(dict, "shared_up");
-        result.shared_down = linear(dict, "shared_down");
-        if (result.shared_up.present()) {
-            result.shared = feed_forward(dict, "shared");
-            check_feed_forward(result.shared_up, result.shared_down, result.shared, hidden);
-        }
-        return result;
-    }
-
-  private:
-    static void check_feed_forward(const Linear& up, const Linear& down, const FeedForwardParts& parts, int64_t hidden) {
-        if (!up.present() || !down.present() || up.matrix.depth != hidden || down.matrix.columns != hidden ||
-            up.matrix.columns != parts.inner * (parts.gated ? 2 : 1) || down.matrix.depth > parts.inner ||
-            (parts.gated && parts.inner % 32))
-            refuse("the feed-forward matrices do not have the shapes of its inner width");
-    }
-
-    nb::list kept_;
-    const std::byte* data_ = nullptr;
-    int64_t size_ = 0;
-};
 
 ModelParts model_parts(Reader& reader, const nb::dict& model) {
     ModelParts parts;
@@ -215,7 +45,8 @@ class BoundDecoder {
   public:
     BoundDecoder(std::shared_ptr<Pool> pool, nb::object weights, const nb::dict& model, const std::string& kv_format,
                  int64_t kv_heads, int64_t dim, int64_t block_tokens, std::shared_ptr<Collective> collective,
-                 int64_t l2_bytes) {
+                 int64_t l2_bytes, bool by_parts) {
+        if (by_parts && dim > 1024) refuse("attention by parts is for heads of at most 1024 dimensions");
         Reader reader(std::move(weights), kept_);
         ModelParts parts = model_parts(reader, model);
         KvLayout layout = layout_of(kv_format, static_cast<int64_t>(parts.blocks.size()), kv_heads, dim, block_tokens);
@@ -223,19 +54,7 @@ class BoundDecoder {
             if (block.attention.kv_heads != kv_heads || block.attention.dim != dim)
                 refuse("every block must cache the same number of heads and dimensions");
         decoder_ = std::make_unique<Decoder>(table_named(""), std::move(pool), std::move(parts), layout,
-                                             std::move(collective), l2_bytes);
-    }
-
-    static KvLayout layout_of(const std::string& format, int64_t layers, int64_t heads, int64_t dim, int64_t block_tokens) {
-        KvLayout layout;
-        if (format != "bf16" && format != "int8") refuse("the KV format must be bf16 or int8, not " + format);
-        if (block_tokens < kTileTokens || block_tokens % kTileTokens) refuse("a KV block must hold a multiple of 16 tokens");
-        layout.format = format == "bf16" ? KvFormat::bf16 : KvFormat::int8;
-        layout.layers = layers;
-        layout.heads = heads;
-        layout.dim = dim;
-        layout.block_tokens = block_tokens;
-        return layout;
+                                             std::move(collective), l2_bytes, by_parts);
     }
 
     int add_rope_table() {
@@ -255,100 +74,59 @@ class BoundDecoder {
         ropes_[index] = nb::make_tuple(cosines, sines);
     }
 
-    void forward(std::optional<Array<const int32_t>> token_ids, std::optional<Array<const float>> hidden,
-                 Array<const int64_t> parts, Array<const int32_t> tables, Array<const int32_t> rope_tables,
-                 std::optional<Array<const float>> temperatures, Array<uint8_t> kv, Array<const int32_t> logit_rows,
-                 Array<const int32_t> logit_tops, std::optional<Array<float>> out_hidden,
-                 std::optional<Array<float>> logits, std::optional<Array<int32_t>> tops) {
-        const ModelParts& model = decoder_->parts();
+    // A pass, from its first to its last block at once.
+    void forward(const nb::dict& step) {
         StepInput input;
         StepOutput output;
-        if (token_ids.has_value() == hidden.has_value()) refuse("a span takes either token ids or hidden states");
-        if (token_ids) {
-            if (!model.embedding.data) refuse("this span does not start the model: it takes hidden states");
-            input.rows = static_cast<int64_t>(token_ids->size());
-            input.token_ids = token_ids->data();
-            for (int64_t row = 0; row < input.rows; ++row)
-                if (input.token_ids[row] < 0 || input.token_ids[row] >= model.vocab)
-                    refuse("token id " + std::to_string(input.token_ids[row]) + " is beyond the vocabulary");
-        } else {
-            input.rows = static_cast<int64_t>(hidden->size()) / model.hidden;
-            input.hidden = hidden->data();
-            if (static_cast<int64_t>(hidden->size()) != input.rows * model.hidden) refuse("hidden states have the wrong width");
-        }
-        const int64_t count = static_cast<int64_t>(parts.size()) / 4;
-        if (parts.ndim() != 2 || parts.shape(1) != 4 || !count) refuse("parts must be [parts, 4] and not empty");
-        const int64_t extent = decoder_->layout().extent_bytes(), kv_blocks = static_cast<int64_t>(kv.size()) / extent;
-        const int64_t per_block = decoder_->layout().block_tokens;
-        int64_t ropes = 0;
-        for (const BlockParts& block : model.blocks) ropes = std::max<int64_t>(ropes, block.rope + 1);
-        if (static_cast<int64_t>(rope_tables.size()) != count * ropes) refuse("rope_tables must be [parts, ropes]");
-        int64_t row = 0;
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t* one = parts.data() + 4 * i;
-            SequencePart part;
-            part.row = one[0];
-            part.start = one[1];
-            part.tokens = one[2];
-            const int64_t blocks = part.tokens < 1 ? 0 : (part.start + part.tokens + per_block - 1) / per_block;
-            if (part.row != row || part.tokens < 1 || part.start < 0 || one[3] < 0 ||
-                one[3] + blocks > static_cast<int64_t>(tables.size()))
-                refuse("the parts do not cover the rows in order, or a block table is too short");
-            part.table = tables.data() + one[3];
-            for (int64_t block = 0; block < blocks; ++block)
-                if (part.table[block] < 0 || part.table[block] >= kv_blocks) refuse("a block table names a KV block that is not there");
-            for (int64_t rope = 0; rope < ropes; ++rope) {
-                const int32_t index = rope_tables.data()[i * ropes + rope];
-                if (index < 0 || index >= decoder_->rope_table_count() ||
-                    decoder_->rope_table(index).positions < part.start + part.tokens)
-                    refuse("a rope table is shorter than a sequence");
-            }
-            if (model.positions && part.start + part.tokens + model.position_offset > model.position_rows)
-                refuse("a sequence is longer than the learned positions");
-            row += part.tokens;
-            input.parts.push_back(part);
-        }
-        if (row != input.rows) refuse("the parts do not cover all rows");
-        input.rope_tables.assign(rope_tables.data(), rope_tables.data() + rope_tables.size());
-        if (temperatures) {
-            if (static_cast<int64_t>(temperatures->size()) != input.rows) refuse("temperatures must be one a row");
-            input.temperatures = temperatures->data();
-        }
-        for (const BlockParts& block : model.blocks)
-            if (block.has_temperature && !input.temperatures) refuse("this model needs temperatures");
-        input.memory.layout = decoder_->layout();
-        input.memory.data = reinterpret_cast<std::byte*>(kv.data());
-        if (model.head.present()) {
-            input.logit_count = static_cast<int64_t>(logit_rows.size());
-            if (logit_tops.size() != logit_rows.size()) refuse("logit_tops must be one for each of logit_rows");
-            input.logit_rows = logit_rows.data();
-            input.logit_tops = logit_tops.data();
-            int64_t full = 0, best = 0, most = 0;
-            for (int64_t i = 0; i < input.logit_count; ++i) {
-                if (input.logit_rows[i] < 0 || input.logit_rows[i] >= input.rows || input.logit_tops[i] < 0)
-                    refuse("a wanted row of logits is not in this step");
-                ++(input.logit_tops[i] ? best : full);
-                most = std::max<int64_t>(most, input.logit_tops[i]);
-            }
-            if (full) {
-                if (!logits || static_cast<int64_t>(logits->size()) != full * model.head.matrix.columns)
-                    refuse("logits must be [rows that want all of them, columns of the head]");
-                output.logits = logits->data();
-            }
-            if (best) {
-                if (!tops || tops->ndim() != 3 || static_cast<int64_t>(tops->shape(0)) != best ||
-                    static_cast<int64_t>(tops->shape(1)) < most || tops->shape(2) != 2)
-                    refuse("tops must be [rows that want the best, the most wanted, 2]");
-                output.tops = reinterpret_cast<TopEntry*>(tops->data());
-                output.most = static_cast<int64_t>(tops->shape(1));
-            }
-        } else {
-            if (!out_hidden || static_cast<int64_t>(out_hidden->size()) != input.rows * model.hidden)
-                refuse("out_hidden must be [rows, hidden]");
-            output.hidden = out_hidden->data();
-        }
+        const StepArrays arrays = read(step, false, input, output);
         nb::gil_scoped_release released;
         decoder_->forward(input, output);
+    }
+
+    // The same with stops: see csrc/decoder.h.
+    void start(const nb::dict& step) {
+        StepInput input;
+        StepOutput output;
+        if (!decoder_->by_parts()) refuse("a pass with stops is for attention by parts");
+        StepArrays arrays = read(step, true, input, output);
+        {
+            nb::gil_scoped_release released;
+            decoder_->start(std::move(input), output);
+        }
+        started_ = std::move(arrays);  // not before: the pass before may look at its own
+    }
+
+    void advance(const nb::list& elsewhere) {
+        if (decoder_->stage() != Decoder::Stage::started && decoder_->stage() != Decoder::Stage::attended)
+            refuse("a pass advances when it has been started, and after each attention");
+        const StepInput& input = decoder_->started();
+        const AttentionShape& shape = decoder_->parts().blocks[input.first_block].attention;
+        std::vector<std::vector<PartialRows>> parts(input.shares.size());
+        const bool first = decoder_->stage() == Decoder::Stage::started;
+        if (elsewhere.size() != (first ? 0 : parts.size())) refuse("every share needs a list of parts, but not at first");
+        for (size_t share = 0; share < elsewhere.size(); ++share)
+            for (nb::handle one : nb::cast<nb::list>(elsewhere[share]))
+                parts[share].push_back(read_part(one, input.shares[share].pairs(), shape.dim));
+        nb::gil_scoped_release released;
+        decoder_->advance(parts);
+    }
+
+    void attend() {
+        if (decoder_->stage() != Decoder::Stage::queries) refuse("a pass attends after it has advanced to a block");
+        nb::gil_scoped_release released;
+        decoder_->attend();
+    }
+
+    // Of a share, float32 [tokens, heads, dim], a copy.
+    void queries(int64_t share, const Array<float>& out) {
+        if (decoder_->stage() != Decoder::Stage::queries) refuse("queries are to be had after a pass has advanced to a block");
+        const StepInput& input = decoder_->started();
+        if (share < 0 || share >= static_cast<int64_t>(input.shares.size())) refuse("there is no such share");
+        const AttentionShape& shape = decoder_->parts().blocks[input.first_block].attention;
+        const int64_t tokens = input.shares[share].part().tokens, width = shape.heads * shape.dim;
+        if (static_cast<int64_t>(out.size()) != tokens * width) refuse("queries are [tokens, heads, dim]");
+        for (int64_t row = 0; row < tokens; ++row)
+            std::copy_n(decoder_->share_queries(share) + row * decoder_->query_stride(), width, out.data() + row * width);
     }
 
     std::string non_finite() const { return decoder_->non_finite(); }
@@ -359,8 +137,169 @@ class BoundDecoder {
     }
 
   private:
+    // What a pass was given, which must live as long as it may be looked at.
+    struct StepArrays {
+        std::optional<Array<const int32_t>> token_ids;
+        std::optional<Array<const float>> hidden, temperatures;
+        Array<const int64_t> parts;
+        Array<const int32_t> tables, rope_tables, logit_rows, logit_tops;
+        Array<uint8_t> kv;
+        std::optional<Array<float>> out_hidden, logits;
+        std::optional<Array<int32_t>> tops;
+    };
+    // Not converted: what is written into a copy is lost.
+    template <class T> static Array<T> array(const nb::dict& step, const char* key) {
+        if (!step.contains(key)) refuse(std::string("a step lacks '") + key + "'");
+        return nb::cast<Array<T>>(step[key], false);
+    }
+    template <class T> static std::optional<Array<T>> array_or_none(const nb::dict& step, const char* key) {
+        if (!has(step, key)) return {};
+        return nb::cast<Array<T>>(step[key], false);
+    }
+
+    StepArrays read(const nb::dict& step, bool stops, StepInput& input, StepOutput& output) const {
+        StepArrays arrays{array_or_none<const int32_t>(step, "token_ids"),
+                          array_or_none<const float>(step, "hidden"),
+                          array_or_none<const float>(step, "temperatures"),
+                          array<const int64_t>(step, "parts"),
+                          array<const int32_t>(step, "tables"),
+                          array<const int32_t>(step, "rope_tables"),
+                          array<const int32_t>(step, "logit_rows"),
+                          array<const int32_t>(step, "logit_tops"),
+                          array<uint8_t>(step, "kv"),
+                          array_or_none<float>(step, "out_hidden"),
+                          array_or_none<float>(step, "logits"),
+                          array_or_none<int32_t>(step, "tops")};
+        const auto count = static_cast<int64_t>(decoder_->parts().blocks.size());
+        input.first_block = value_of<int64_t>(step, "first_block");
+        input.end_block = value_of<int64_t>(step, "end_block");
+        if (input.first_block < 0 || input.first_block >= input.end_block || input.end_block > count)
+            refuse("the blocks to run are not those of this span");
+        read_rows(arrays, input);
+        read_parts(arrays, stops, input);
+        if (decoder_->parts().head.present() && input.end_block == count)
+            read_logits(arrays, input, output);
+        else
+            read_hidden_output(arrays, input, output);
+        return arrays;
+    }
+
+    void read_rows(const StepArrays& step, StepInput& input) const {
+        const ModelParts& model = decoder_->parts();
+        if (step.token_ids.has_value() == step.hidden.has_value()) refuse("a span takes either token ids or hidden states");
+        if (step.token_ids) {
+            if (!model.embedding.data || input.first_block)
+                refuse("these blocks do not start the model: they take hidden states");
+            input.rows = static_cast<int64_t>(step.token_ids->size());
+            input.token_ids = step.token_ids->data();
+            for (int64_t row = 0; row < input.rows; ++row)
+                if (input.token_ids[row] < 0 || input.token_ids[row] >= model.vocab)
+                    refuse("token id " + std::to_string(input.token_ids[row]) + " is beyond the vocabulary");
+        } else {
+            input.rows = static_cast<int64_t>(step.hidden->size()) / model.hidden;
+            input.hidden = step.hidden->data();
+            if (static_cast<int64_t>(step.hidden->size()) != input.rows * model.hidden) refuse("hidden states have the wrong width");
+        }
+        if (step.temperatures) {
+            if (static_cast<int64_t>(step.temperatures->size()) != input.rows) refuse("temperatures must be one a row");
+            input.temperatures = step.temperatures->data();
+        }
+        for (const BlockParts& block : model.blocks)
+            if (block.has_temperature && !input.temperatures) refuse("this model needs temperatures");
+    }
+
+    void read_parts(const StepArrays& step, bool stops, StepInput& input) const {
+        const ModelParts& model = decoder_->parts();
+        const int64_t count = static_cast<int64_t>(step.parts.size()) / 4;
+        if (step.parts.ndim() != 2 || step.parts.shape(1) != 4 || !count) refuse("parts must be [parts, 4] and not empty");
+        input.memory.layout = decoder_->layout();
+        input.memory.data = reinterpret_cast<std::byte*>(step.kv.data());
+        const int64_t kv_blocks = static_cast<int64_t>(step.kv.size()) / decoder_->layout().extent_bytes();
+        int64_t ropes = 0;
+        for (const BlockParts& block : model.blocks) ropes = std::max<int64_t>(ropes, block.rope + 1);
+        if (static_cast<int64_t>(step.rope_tables.size()) != count * ropes) refuse("rope_tables must be [parts, ropes]");
+        input.rope_tables.assign(step.rope_tables.data(), step.rope_tables.data() + step.rope_tables.size());
+        int64_t row = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t* one = step.parts.data() + 4 * i;
+            SequencePart part;
+            part.row = one[0];
+            part.start = one[1];
+            part.tokens = one[2];
+            if (part.row != row || part.tokens < 1 || part.start < 0) refuse("the parts do not cover the rows in order");
+            if (one[3] < 0 || one[3] > static_cast<int64_t>(step.tables.size())) refuse("a block table is not there");
+            part.table = step.tables.data() + one[3];
+            read_table(part, static_cast<int64_t>(step.tables.size()) - one[3], kv_blocks, stops, input);
+            for (int64_t rope = 0; rope < ropes; ++rope) {
+                const int32_t index = step.rope_tables.data()[i * ropes + rope];
+                if (index < 0 || index >= decoder_->rope_table_count() ||
+                    decoder_->rope_table(index).positions < part.start + part.tokens)
+                    refuse("a rope table is shorter than a sequence");
+            }
+            if (model.positions && part.start + part.tokens + model.position_offset > model.position_rows)
+                refuse("a sequence is longer than the learned positions");
+            row += part.tokens;
+            input.parts.push_back(part);
+        }
+        if (row != input.rows) refuse("the parts do not cover all rows");
+    }
+
+    // Numbers from `kv_blocks` on are of blocks elsewhere, which may come before the step's own in a pass with stops.
+    void read_table(const SequencePart& part, int64_t most, int64_t kv_blocks, bool stops, StepInput& input) const {
+        const int64_t per_block = decoder_->layout().block_tokens;
+        const int64_t blocks = (part.start + part.tokens + per_block - 1) / per_block;
+        if (blocks > most) refuse("a block table is too short");
+        std::vector<int32_t> here;
+        std::vector<int64_t> starts;
+        for (int64_t block = 0; block < blocks; ++block) {
+            if (part.table[block] < 0) refuse("a block table names a KV block that is not there");
+            if (part.table[block] >= kv_blocks) {
+                if (!stops || block >= part.start / per_block) refuse("a block table names a KV block that is not there");
+                continue;
+            }
+            here.push_back(part.table[block]);
+            starts.push_back(block * per_block);
+        }
+        if (decoder_->by_parts())
+            input.shares.emplace_back(part, std::move(here), std::move(starts));
+    }
+
+    void read_logits(const StepArrays& step, StepInput& input, StepOutput& output) const {
+        const ModelParts& model = decoder_->parts();
+        input.logit_count = static_cast<int64_t>(step.logit_rows.size());
+        if (step.logit_tops.size() != step.logit_rows.size()) refuse("logit_tops must be one for each of logit_rows");
+        input.logit_rows = step.logit_rows.data();
+        input.logit_tops = step.logit_tops.data();
+        int64_t full = 0, best = 0, most = 0;
+        for (int64_t i = 0; i < input.logit_count; ++i) {
+            if (input.logit_rows[i] < 0 || input.logit_rows[i] >= input.rows || input.logit_tops[i] < 0)
+                refuse("a wanted row of logits is not in this step");
+            ++(input.logit_tops[i] ? best : full);
+            most = std::max<int64_t>(most, input.logit_tops[i]);
+        }
+        if (full) {
+            if (!step.logits || static_cast<int64_t>(step.logits->size()) != full * model.head.matrix.columns)
+                refuse("logits must be [rows that want all of them, columns of the head]");
+            output.logits = step.logits->data();
+        }
+        if (best) {
+            if (!step.tops || step.tops->ndim() != 3 || static_cast<int64_t>(step.tops->shape(0)) != best ||
+                static_cast<int64_t>(step.tops->shape(1)) < most || step.tops->shape(2) != 2)
+                refuse("tops must be [rows that want the best, the most wanted, 2]");
+            output.tops = reinterpret_cast<TopEntry*>(step.tops->data());
+            output.most = static_cast<int64_t>(step.tops->shape(1));
+        }
+    }
+
+    void read_hidden_output(const StepArrays& step, const StepInput& input, StepOutput& output) const {
+        if (!step.out_hidden || static_cast<int64_t>(step.out_hidden->size()) != input.rows * decoder_->parts().hidden)
+            refuse("out_hidden must be [rows, hidden]");
+        output.hidden = step.out_hidden->data();
+    }
+
     nb::list kept_;
     nb::list ropes_;
+    std::optional<StepArrays> started_;
     std::unique_ptr<Decoder> decoder_;
 };
 
@@ -369,20 +308,22 @@ class BoundDecoder {
 void bind_decoder(nb::module_& m) {
     nb::class_<BoundDecoder>(m, "Decoder", "A span of blocks on the CPU; see csrc/decoder.h.")
         .def(nb::init<std::shared_ptr<Pool>, nb::object, const nb::dict&, const std::string&, int64_t, int64_t, int64_t,
-                      std::shared_ptr<Collective>, int64_t>(),
+                      std::shared_ptr<Collective>, int64_t, bool>(),
              nb::arg("pool"), nb::arg("weights"), nb::arg("model"), nb::arg("kv_format"), nb::arg("kv_heads"), nb::arg("dim"),
-             nb::arg("block_tokens"), nb::arg("collective").none(), nb::arg("l2_bytes"))
+             nb::arg("block_tokens"), nb::arg("collective").none(), nb::arg("l2_bytes"), nb::arg("by_parts"))
         .def("add_rope_table", &BoundDecoder::add_rope_table)
         .def("set_rope_table", &BoundDecoder::set_rope_table, nb::arg("index"), nb::arg("rope"), nb::arg("cosines"), nb::arg("sines"))
-        .def("forward", &BoundDecoder::forward, nb::arg("token_ids").none(), nb::arg("hidden").none(), nb::arg("parts"),
-             nb::arg("tables"), nb::arg("rope_tables"), nb::arg("temperatures").none(), nb::arg("kv"), nb::arg("logit_rows"),
-             nb::arg("logit_tops"), nb::arg("out_hidden").none(), nb::arg("logits").none(), nb::arg("tops").none())
+        .def("forward", &BoundDecoder::forward, nb::arg("step"))
+        .def("start", &BoundDecoder::start, nb::arg("step"))
+        .def("advance", &BoundDecoder::advance, nb::arg("elsewhere"))
+        .def("attend", &BoundDecoder::attend)
+        .def("queries", &BoundDecoder::queries, nb::arg("share"), nb::arg("out").noconvert())
         .def("non_finite", &BoundDecoder::non_finite)
         .def("seconds", &BoundDecoder::seconds);
     m.def(
         "kv_extent_bytes",
         [](const std::string& format, int64_t layers, int64_t heads, int64_t dim, int64_t block_tokens) {
-            return BoundDecoder::layout_of(format, layers, heads, dim, block_tokens).extent_bytes();
+            return layout_of(format, layers, heads, dim, block_tokens).extent_bytes();
         },
         nb::arg("format"), nb::arg("layers"), nb::arg("heads"), nb::arg("dim"), nb::arg("block_tokens"));
 }

@@ -16,6 +16,7 @@ void bind_packing(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
 void bind_elementwise(nanobind::module_& m);
 void bind_decoder(nanobind::module_& m);
+void bind_share(nanobind::module_& m);
 void bind_collective(nanobind::module_& m);
 
 // The table called `isa`, or the one in use if `isa` is empty. ValueError, with what there is, if it is not available.

@@ -46,13 +46,14 @@ struct Decoder::Thread {
 };
 
 Decoder::Decoder(const KernelTable& table, std::shared_ptr<Pool> pool, ModelParts parts, KvLayout layout,
-                 std::shared_ptr<Collective> collective, int64_t l2_bytes)
+                 std::shared_ptr<Collective> collective, int64_t l2_bytes, bool by_parts)
     : table_(table),
       pool_(std::move(pool)),
       parts_(std::move(parts)),
       layout_(layout),
       collective_(std::move(collective)),
       l2_bytes_(l2_bytes),
+      by_parts_(by_parts),
       counters_(2 * pool_->threads()) {
     scratch_bytes_ = 64;
     const auto consider = [&](const Linear& linear) {
@@ -77,7 +78,9 @@ int Decoder::add_rope_table(const RopeTable& table) {
 
 void Decoder::reserve(const StepInput& input) {
     int64_t most_keys = 0;
-    for (const SequencePart& part : input.parts) most_keys = std::max(most_keys, part.start + part.tokens);
+    for (const SequencePart& part : input.parts)
+        if (!by_parts_) most_keys = std::max(most_keys, part.start + part.tokens);
+    for (const ContextShare& share : input.shares) most_keys = std::max(most_keys, share.keys(layout_));
     const int threads = pool_->threads();
     if (input.rows > capacity_rows_) {
         capacity_rows_ = std::max(input.rows, 2 * capacity_rows_);
@@ -143,7 +146,7 @@ void Decoder::reserve(const StepInput& input) {
 
     units_.clear();
     split_ = false;
-    if (parts_.blocks.empty()) return;
+    if (parts_.blocks.empty() || by_parts_) return;
     // Units depend on the widest shape's rule only; blocks of one model differ in their windows, not in their heads.
     const AttentionShape& shape = parts_.blocks.front().attention;
     const bool decoding = std::all_of(input.parts.begin(), input.parts.end(),
@@ -185,38 +188,109 @@ void Decoder::reserve(const StepInput& input) {
     });
 }
 
-void Decoder::forward(const StepInput& input, const StepOutput& output) {
+void Decoder::forward(StepInput& input, const StepOutput& output) {
+    stage_ = Stage::none;
+    prepare(input);
+    run([&](Thread& thread) {
+        embed(thread, input);
+        for (int64_t index = input.first_block; index < input.end_block; ++index) {
+            before_attention(thread, index, input);
+            attend(thread, index, input);
+            if (by_parts_) merge_shares(thread, parts_.blocks[index].attention, input, {});
+            after_attention(thread, index);
+            if (failed_.load(std::memory_order_relaxed)) return;  // set before a barrier that all have passed
+        }
+        finish(thread, input, output);
+    });
+}
+
+void Decoder::start(StepInput input, StepOutput output) {
+    stage_ = Stage::none;
+    input_ = std::move(input);
+    output_ = output;
+    prepare(input_);
+    next_block_ = input_.first_block;
+    stage_ = Stage::started;
+}
+
+void Decoder::advance(const std::vector<std::vector<PartialRows>>& elsewhere) {
+    const bool first = stage_ == Stage::started, last = next_block_ == input_.end_block;
+    stage_ = Stage::none;
+    run([&](Thread& thread) {
+        if (first) {
+            embed(thread, input_);
+        } else {
+            merge_shares(thread, parts_.blocks[next_block_ - 1].attention, input_, elsewhere);
+            after_attention(thread, next_block_ - 1);
+            if (failed_.load(std::memory_order_relaxed)) return;
+        }
+        if (last)
+            finish(thread, input_, output_);
+        else
+            before_attention(thread, next_block_, input_);
+    });
+    if (!last) stage_ = Stage::queries;
+}
+
+void Decoder::attend() {
+    stage_ = Stage::none;
+    run([&](Thread& thread) { attend(thread, next_block_, input_); });
+    ++next_block_;
+    stage_ = Stage::attended;
+}
+
+void Decoder::plan_shares(StepInput& input) {
+    int64_t bytes = 0;
+    // Blocks differ in their windows, not in their heads.
+    for (ContextShare& share : input.shares) {
+        share.plan(table_, parts_.blocks[input.first_block].attention, layout_, l2_bytes_);
+        bytes += share.result_bytes();
+    }
+    if (!share_memory_ || share_memory_->bytes() < bytes) {
+        share_memory_.reset();
+        share_memory_ = std::make_unique<Arena>(2 * bytes);
+    }
+    std::byte* memory = share_memory_->data();
+    for (ContextShare& share : input.shares) {
+        share.place_results(memory);
+        memory += share.result_bytes();
+    }
+}
+
+void Decoder::prepare(StepInput& input) {
     rows_ = input.rows;
+    if (by_parts_) plan_shares(input);
     reserve(input);
-    for (WorkCounter& counter : counters_) counter.next.store(0, std::memory_order_relaxed);
     failed_.store(false, std::memory_order_relaxed);
     non_finite_.store(-1, std::memory_order_relaxed);
     seconds_.fill(0.0);
     logit_place_.resize(input.logit_count);
     int64_t full = 0, best = 0;
     for (int64_t i = 0; i < input.logit_count; ++i) logit_place_[i] = input.logit_tops[i] ? best++ : full++;
-    pool_->run([&](int number) { run_thread(number, input, output); });
+}
+
+// work(thread) on all threads of the pool.
+template <class Work> void Decoder::run(Work&& work) {
+    for (WorkCounter& counter : counters_) counter.next.store(0, std::memory_order_relaxed);
+    pool_->run([&](int number) {
+        Thread thread;
+        thread.number = number;
+        const int64_t widest = round_up(std::max({parts_.hidden, qkv_width_, inner_width_, int64_t{4096}}), 64);
+        std::byte* mine = scratch_memory_->data() + number * (scratch_bytes_ + widest * 4);
+        thread.scratch = mine;
+        thread.row = reinterpret_cast<float*>(mine + scratch_bytes_);
+        work(thread);
+    });
     if (failed_.load()) throw std::runtime_error(collective_->error());
 }
 
-void Decoder::run_thread(int number, const StepInput& input, const StepOutput& output) {
-    Thread thread;
-    thread.number = number;
-    const int64_t widest = round_up(std::max({parts_.hidden, qkv_width_, inner_width_, int64_t{4096}}), 64);
-    std::byte* mine = scratch_memory_->data() + number * (scratch_bytes_ + widest * 4);
-    thread.scratch = mine;
-    thread.row = reinterpret_cast<float*>(mine + scratch_bytes_);
-    embed(thread, input);
-    for (size_t index = 0; index < parts_.blocks.size(); ++index) {
-        run_block(thread, static_cast<int64_t>(index), input);
-        if (failed_.load(std::memory_order_relaxed)) return;  // set before a barrier that all have passed
-    }
-    if (parts_.head.present())
-        decide(thread, input, output);
-    else
+void Decoder::finish(Thread& thread, const StepInput& input, const StepOutput& output) {
+    if (output.hidden)
         for_units(thread, PhaseKind::embed, rows_, [&](int64_t row) {
             std::memcpy(output.hidden + row * parts_.hidden, x_ + row * parts_.hidden, parts_.hidden * sizeof(float));
         });
+    else
+        decide(thread, input, output);
 }
 
 template <class Work>
@@ -386,7 +460,16 @@ void Decoder::normalize(Thread& thread, const Norm& norm) {
     });
 }
 
-void Decoder::run_block(Thread& thread, int64_t index, const StepInput& input) {
+// Up to the queries of the block, rotated, and its keys and values, stored.
+void Decoder::before_attention(Thread& thread, int64_t index, const StepInput& input) {
+    const BlockParts& block = parts_.blocks[index];
+    const int64_t hidden = parts_.hidden;
+    quantize(thread, index, block.qkv.matrix, &block.attention_in, x_, hidden, hidden, attention_input_, nullptr);
+    linear(thread, block.qkv, attention_input_, qkv_, qkv_width_, false, 1.0f, PhaseKind::linear);
+    rotate_and_store(thread, index, input);
+}
+
+void Decoder::after_attention(Thread& thread, int64_t index) {
     const BlockParts& block = parts_.blocks[index];
     const int64_t hidden = parts_.hidden;
     const float scale = block.residual_scale;
@@ -394,9 +477,6 @@ void Decoder::run_block(Thread& thread, int64_t index, const StepInput& input) {
     const bool direct = block.placement == Placement::pre || block.placement == Placement::after_residual;
     const bool mixes = !block.experts_up.empty();
 
-    quantize(thread, index, block.qkv.matrix, &block.attention_in, x_, hidden, hidden, attention_input_, nullptr);
-    linear(thread, block.qkv, attention_input_, qkv_, qkv_width_, false, 1.0f, PhaseKind::linear);
-    attend(thread, index, input);
     const int64_t width = block.attention.heads * block.attention.dim;
     quantize(thread, index, block.out.matrix, nullptr, attended_, qkv_width_, width, attention_input_, nullptr);
     output_linear(thread, block.out, attention_input_, direct ? x_ : branch_, direct, direct ? scale : 1.0f);
@@ -414,7 +494,7 @@ void Decoder::run_block(Thread& thread, int64_t index, const StepInput& input) {
     if (!direct) add_normed(thread, parallel ? Norm{} : block.mlp_out, scale);
 }
 
-void Decoder::attend(Thread& thread, int64_t index, const StepInput& input) {
+void Decoder::rotate_and_store(Thread& thread, int64_t index, const StepInput& input) {
     const BlockParts& block = parts_.blocks[index];
     const AttentionShape& shape = block.attention;
     const int64_t query_width = shape.heads * shape.dim, key_width = shape.kv_heads * shape.dim;
@@ -470,9 +550,11 @@ void Decoder::attend(Thread& thread, int64_t index, const StepInput& input) {
             return;
         }
     });
+}
 
+void Decoder::attend(Thread& thread, int64_t index, const StepInput& input) {
     AttentionWork work;
-    work.shape = shape;
+    work.shape = parts_.blocks[index].attention;
     work.memory = input.memory;
     work.layer = index;
     work.queries = qkv_;
@@ -483,9 +565,49 @@ void Decoder::attend(Thread& thread, int64_t index, const StepInput& input) {
         attend_split(thread, work, input);
         return;
     }
+    if (by_parts_) {
+        attend_shares(thread, work, input);
+        return;
+    }
     for_units(thread, PhaseKind::attention, static_cast<int64_t>(units_.size()), [&](int64_t number) {
         const AttentionUnit& unit = units_[number];
         table_.attend(work, input.parts[unit.part], unit.kv_head, unit.row_begin, unit.row_end, thread.scratch);
+    });
+}
+
+void Decoder::attend_shares(Thread& thread, const AttentionWork& work, const StepInput& input) {
+    int64_t units = 0;
+    for (const ContextShare& share : input.shares) units += share.units();
+    for_units(thread, PhaseKind::attention, units, [&](int64_t unit) {
+        for (const ContextShare& share : input.shares) {
+            if (unit < share.units()) {
+                share.attend(table_, work, unit, thread.scratch);
+                return;
+            }
+            unit -= share.units();
+        }
+    });
+}
+
+// What is here first, then the others' parts in order.
+void Decoder::merge_shares(Thread& thread, const AttentionShape& shape, const StepInput& input,
+                           const std::vector<std::vector<PartialRows>>& elsewhere) {
+    std::vector<std::vector<PartialRows>> parts;
+    for (const ContextShare& share : input.shares) parts.push_back(share.results());
+    for (size_t number = 0; number < elsewhere.size(); ++number)
+        parts[number].insert(parts[number].end(), elsewhere[number].begin(), elsewhere[number].end());
+    for_units(thread, PhaseKind::merge, rows_, [&](int64_t row) {
+        const auto after = std::upper_bound(input.parts.begin(), input.parts.end(), row,
+                                            [](int64_t value, const SequencePart& part) { return value < part.row; });
+        const int64_t number = after - input.parts.begin() - 1;
+        for (int64_t head = 0; head < shape.heads; ++head) {
+            const int64_t pair = (row - input.parts[number].row) * shape.heads + head;
+            double most, weight;
+            double* summed = reinterpret_cast<double*>(thread.row);
+            table_.merge_parts(parts[number].data(), static_cast<int64_t>(parts[number].size()), pair, shape.dim, &most,
+                               &weight, summed);
+            table_.finish_part(shape, head, most, weight, summed, attended_ + row * qkv_width_ + head * shape.dim);
+        }
     });
 }
 

@@ -14,6 +14,7 @@
 
 #include "collective.h"
 #include "pool.h"
+#include "share.h"
 #include "table.h"
 
 namespace plait {
@@ -89,7 +90,10 @@ struct StepInput {
     int64_t rows = 0;
     const int32_t* token_ids = nullptr;  // [rows], or
     const float* hidden = nullptr;       // [rows][hidden]
+    int64_t first_block = 0, end_block = 0;  // of the span: the hosted blocks to run
     std::vector<SequencePart> parts;
+    // For attention by parts, of each part: what is here of its context.
+    std::vector<ContextShare> shares;
     std::vector<int32_t> rope_tables;  // [part][rope]: index of a RopeTable
     const float* temperatures = nullptr;  // [rows]
     KvMemory memory;
@@ -99,21 +103,23 @@ struct StepInput {
 };
 
 struct StepOutput {
-    float* hidden = nullptr;    // [rows][hidden], if the span does not end the model
+    float* hidden = nullptr;    // [rows][hidden], if the blocks do not end the model
     float* logits = nullptr;    // [rows that want all][head columns]
     TopEntry* tops = nullptr;   // [rows that want the best][most]: as many as asked for are written
     int64_t most = 0;
 };
 
 // What one pass spent its time on, as seen by the calling thread.
-enum class PhaseKind : int { embed, norm, linear, rotate, attention, experts, collective, head, count };
-constexpr const char* kPhaseNames[] = {"embed", "norm", "linear", "rotate", "attention", "experts", "collective", "head"};
+enum class PhaseKind : int { embed, norm, linear, rotate, attention, merge, experts, collective, head, count };
+constexpr const char* kPhaseNames[] = {"embed",   "norm",       "linear", "rotate", "attention", "merge",
+                                       "experts", "collective", "head"};
 
 class Decoder {
   public:
     Decoder(const KernelTable& table, std::shared_ptr<Pool> pool, ModelParts parts, KvLayout layout,
-            std::shared_ptr<Collective> collective, int64_t l2_bytes);
+            std::shared_ptr<Collective> collective, int64_t l2_bytes, bool by_parts);
 
+    bool by_parts() const { return by_parts_; }
     const ModelParts& parts() const { return parts_; }
     const KvLayout& layout() const { return layout_; }
     int add_rope_table(const RopeTable& table);
@@ -122,7 +128,22 @@ class Decoder {
     int64_t rope_table_count() const { return static_cast<int64_t>(rope_tables_.size()); }
 
     // Throws std::runtime_error if the collective failed; what the KV memory holds for these rows is then undefined.
-    void forward(const StepInput& input, const StepOutput& output);
+    void forward(StepInput& input, const StepOutput& output);
+
+    // The same, by parts, where contexts lie partly elsewhere, with stops at each block's attention, in this order:
+    //   start, then for each block { advance, attend }, then advance
+    // What `advance` is given are, for each share, the parts that others have of the attention that it completes (none
+    // the first time); behind it `share_queries` are those of the next block. What is given to `start` is kept until the
+    // next start; a pass may be left at any stop.
+    void start(StepInput input, StepOutput output);
+    void advance(const std::vector<std::vector<PartialRows>>& elsewhere);
+    void attend();
+    enum class Stage { none, started, queries, attended };
+    Stage stage() const { return stage_; }
+    const StepInput& started() const { return input_; }
+    // Of a share: [tokens][heads * dim], `query_stride` floats between rows.
+    const float* share_queries(int64_t share) const { return qkv_ + input_.shares[share].part().row * qkv_width_; }
+    int64_t query_stride() const { return qkv_width_; }
 
     // Where a non-finite activation was met first in the last pass; empty if nowhere.
     std::string non_finite() const;
@@ -134,12 +155,20 @@ class Decoder {
         int32_t part, kv_head, row_begin, row_end;
     };
 
-    void run_thread(int number, const StepInput& input, const StepOutput& output);
-    void run_block(Thread& thread, int64_t index, const StepInput& input);
+    template <class Work> void run(Work&& work);
+    void prepare(StepInput& input);
+    void plan_shares(StepInput& input);
+    void before_attention(Thread& thread, int64_t index, const StepInput& input);
+    void after_attention(Thread& thread, int64_t index);
+    void finish(Thread& thread, const StepInput& input, const StepOutput& output);
     void embed(Thread& thread, const StepInput& input);
     void quantize(Thread& thread, int64_t index, const PackedMatrix& matrix, const Norm* norm, const float* in,
                   int64_t in_stride, int64_t width, ActivationRows& out, float* normed);
+    void rotate_and_store(Thread& thread, int64_t index, const StepInput& input);
     void attend(Thread& thread, int64_t index, const StepInput& input);
+    void attend_shares(Thread& thread, const AttentionWork& work, const StepInput& input);
+    void merge_shares(Thread& thread, const AttentionShape& shape, const StepInput& input,
+                      const std::vector<std::vector<PartialRows>>& elsewhere);
     void attend_split(Thread& thread, const AttentionWork& work, const StepInput& input);
     void feed_forward(Thread& thread, int64_t index, float* out, bool adds, float scale);
     void mix_experts(Thread& thread, int64_t index, const float* source);
@@ -164,6 +193,7 @@ class Decoder {
     KvLayout layout_;
     std::shared_ptr<Collective> collective_;
     int64_t l2_bytes_;
+    bool by_parts_;
     std::vector<RopeTable> rope_tables_;
 
     // Of the current step; grown when a step needs more, never shrunk.
@@ -186,6 +216,11 @@ class Decoder {
     std::unique_ptr<Arena> split_memory_;
     float *split_scores_ = nullptr, *split_partials_ = nullptr;
     int64_t scratch_bytes_ = 0;
+    StepInput input_;  // of a pass with stops
+    StepOutput output_;
+    Stage stage_ = Stage::none;
+    int64_t next_block_ = 0;
+    std::unique_ptr<Arena> share_memory_;
     int64_t qkv_width_ = 0, inner_width_ = 0, visits_per_row_ = 1;
 
     std::vector<WorkCounter> counters_;  // one a thread for the phase that runs, and one for the next

@@ -11,5 +11,6 @@ NB_MODULE(_native, m) {
     plait::bind_attention(m);
     plait::bind_elementwise(m);
     plait::bind_decoder(m);
+    plait::bind_share(m);
     plait::bind_collective(m);
 }

@@ -157,6 +157,20 @@ struct AttentionCount {
     int64_t scored = 0, weighed = 0;
 };
 
+// Some of a sequence's KV blocks, in the order of the positions of their first tokens.
+struct ContextBlocks {
+    const int32_t* kv_blocks = nullptr;
+    const int64_t* starts = nullptr;
+    int64_t count = 0;
+};
+
+// Attention over some of the keys, of rows and heads: weights are relative to 2^most; minus infinity: no key was seen.
+struct PartialRows {
+    double* most = nullptr;    // [rows][heads]
+    double* weight = nullptr;  // [rows][heads], the sum of weights
+    double* summed = nullptr;  // [rows][heads][dim], of weights times values
+};
+
 struct AttentionWork {
     AttentionShape shape;
     KvMemory memory;
@@ -231,6 +245,17 @@ struct KernelTable {
                            const float* scores, float* partial, std::byte* scratch);
     void (*split_merge)(const AttentionWork& work, const SequencePart& part, int64_t kv_head, const float* scores,
                         const float* partial);
+    // Queries [row_begin, row_end) of the part over `blocks`, of which `part.table` is not looked at, without sinks; rows
+    // of `out` are counted from the part's first. `scratch` has attention_scratch_bytes for the keys of these blocks.
+    void (*attend_partly)(const AttentionWork& work, const SequencePart& part, const ContextBlocks& blocks,
+                          int64_t kv_head, int64_t row_begin, int64_t row_end, const PartialRows& out,
+                          std::byte* scratch);
+    // What these parts of the row and head `pair` = row * heads + head make together, added in their order; and what the
+    // part that is the whole means, sinks included, float32 [dim].
+    void (*merge_parts)(const PartialRows* parts, int64_t count, int64_t pair, int64_t dim, double* most, double* weight,
+                        double* summed);
+    void (*finish_part)(const AttentionShape& shape, int64_t head, double most, double weight, const double* summed,
+                        float* out);
     // attention_2d.inl, for the benchmark only: `attend` by another tiling.
     void (*attend_2d)(const AttentionWork& work, const SequencePart& part, int64_t kv_head, int64_t row_begin,
                       int64_t row_end, std::byte* scratch);

@@ -10,9 +10,11 @@ import torch
 from span_chain import TINY_BLOCKS, SpanChain, tiny_options
 
 from plait.engine import KvLoans, Partial, PartialAsk, SpanEngine, load_span_engine
-from plait.engine.kv_store import KvStore, kv_extent_bytes
+from plait.engine.kernel_kv import KernelKvStore
+from plait.engine.kv_store import KvStore
 from plait.errors import BlocksLost
 from plait.ids import PeerId
+from plait.kernels import native_available
 from plait.kvcache import Granted, KvBlockPool, LoanTerms
 from plait.scheduling import Scheduler, StepLimits, policy_named
 from plait.session import SamplingParams
@@ -23,12 +25,24 @@ SMALL_BLOCKS = 4
 """64 tokens: the session has 160."""
 
 
-def engine_of(kv_blocks: int, borrowable_blocks: int = 0, dtype: str = "float32") -> SpanEngine:
-    options = tiny_options(
-        dtype, 1, step_tokens=48, borrowable_blocks=borrowable_blocks, watermark_fraction=0.0
+needs_kernels = pytest.mark.skipif(not native_available, reason="plait was installed without its CPU kernels")
+KINDS = {  # how weights are kept and computed with, and keys and values
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "bfloat16", "quantization": "int8", "kv_cache_dtype": "int8"},
+    "int4": {"dtype": "bfloat16", "quantization": "int4"},
+}
+
+
+def engine_of(kv_blocks: int, borrowable_blocks: int = 0, kind: str = "float32") -> SpanEngine:
+    options = replace(
+        tiny_options(
+            "float32", 1, step_tokens=48, borrowable_blocks=borrowable_blocks, watermark_fraction=0.0
+        ),
+        **KINDS[kind],
     )
-    spec = load_span_engine(replace(options, kv_cache_bytes=2**20), range(TINY_BLOCKS)).spec
-    each = kv_extent_bytes(spec, spec.all_blocks, 16, torch.float32 if dtype == "float32" else torch.float64)
+    engine = load_span_engine(replace(options, kv_cache_bytes=2**20), range(TINY_BLOCKS))
+    spec, each = engine.spec, engine.store.extent_bytes
     # Kept inputs are paid from the same memory.
     given = int(kv_blocks * (each + 1.5 * 16 * spec.hidden * 4 + 64))
     engine = load_span_engine(
@@ -42,8 +56,10 @@ def engine_of(kv_blocks: int, borrowable_blocks: int = 0, dtype: str = "float32"
 
 def lender_without_weights(like: SpanEngine, kv_blocks: int) -> KvLoans:
     """A machine that has memory for KV blocks and no model: what a CPU can do for a GPU."""
-    assert isinstance(like.store, KvStore)
-    store = KvStore(like.spec, like.blocks, kv_blocks, 16, like.store.extents.dtype, "cpu")
+    if isinstance(like.store, KernelKvStore):
+        store = KernelKvStore(like.spec, like.blocks, kv_blocks, 16, like.store.kv_format)
+    else:
+        store = KvStore(like.spec, like.blocks, kv_blocks, 16, like.store.extents.dtype, "cpu")
     pool = KvBlockPool(kv_blocks, 16)
     scheduler = Scheduler(policy_named("paged"), pool, None, StepLimits())
     return KvLoans(like.spec, scheduler, pool, store, LoanTerms(lendable_blocks=kv_blocks))
@@ -168,9 +184,17 @@ GREEDY = SamplingParams(max_tokens=ANSWER, temperature=0.0, ignore_eos=True)
 SEEDED = SamplingParams(max_tokens=ANSWER, temperature=0.8, seed=11, ignore_eos=True)
 
 
+@pytest.fixture(
+    scope="module",
+    params=["float32", *(pytest.param(kind, marks=needs_kernels) for kind in ("bfloat16", "int8", "int4"))],
+)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def expected(prompt: list[int]) -> dict[str, tuple[int, ...]]:
-    chain = SpanChain([engine_of(16)])
+def expected(kind: str, prompt: list[int]) -> dict[str, tuple[int, ...]]:
+    chain = SpanChain([engine_of(16, kind=kind)])
     return {
         name: chain.run(chain.open(prompt, sampling)).answer
         for name, sampling in (("greedy", GREEDY), ("seeded", SEEDED))
@@ -178,9 +202,9 @@ def expected(prompt: list[int]) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.fixture(scope="module")
-def machines() -> tuple[SpanEngine, dict[PeerId, SpanEngine]]:
-    return engine_of(SMALL_BLOCKS, 20), {
-        PeerId(name): engine_of(kv_blocks) for name, kv_blocks in (("b", 7), ("c", 8))
+def machines(kind: str) -> tuple[SpanEngine, dict[PeerId, SpanEngine]]:
+    return engine_of(SMALL_BLOCKS, 20, kind), {
+        PeerId(name): engine_of(kv_blocks, kind=kind) for name, kv_blocks in (("b", 7), ("c", 8))
     }
 
 
@@ -284,7 +308,7 @@ def test_a_debtor_that_comes_back_after_its_lease_reads_nothing_of_others(machin
         if isinstance(answer := loans.book.reserve(PeerId("stranger"), number, 1, 100.0), Granted)
         for block in answer.blocks
     ]
-    content = torch.full(loans.store.extents.shape[1:], 7.0)
+    content = torch.full(loans.store.extents.shape[1:], 7, dtype=loans.store.extents.dtype)
     assert strangers and all(loans.write(PeerId("stranger"), block, content) for block in strangers)
     chain.arrive(0)
     while not asked.ended:
@@ -333,9 +357,9 @@ def test_a_creditor_that_wants_its_memory_back_gets_it_and_no_token_changes(
     check_all_is_home(near, creditors)
 
 
-def test_two_machines_may_lend_to_each_other(prompt, expected) -> None:
+def test_two_machines_may_lend_to_each_other(kind, prompt, expected) -> None:
     """Each has lent what it then has to borrow; both answers are right, and nobody waits for the other."""
-    engines = {PeerId(name): engine_of(8, 20) for name in ("one", "two")}
+    engines = {PeerId(name): engine_of(8, 20, kind) for name in ("one", "two")}
     sides: list[tuple[SpanChain, Neighbours]] = []
     for place, (name, engine) in enumerate(engines.items()):
         others = {peer: other for peer, other in engines.items() if peer != name}

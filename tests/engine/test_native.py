@@ -11,9 +11,12 @@ from zoo import BLOCK_TOKENS, LENGTHS, chunk, prompt
 import plait.engine.layers as layers
 from plait.engine import native
 from plait.engine.decoder import Decoder
+from plait.engine.kernel_kv import KernelKvStore
 from plait.engine.loader import Weights, load_weights
 from plait.engine.packed import load_packed
-from plait.errors import BadSetup
+from plait.engine.partial import Partial
+from plait.engine.remote_kv import PartialAsk
+from plait.errors import BadRequest, BadSetup
 from plait.kernels import native_available
 from plait.model import SlotKey
 
@@ -46,7 +49,7 @@ class Paged:
 
     def __post_init__(self) -> None:
         spec, blocks = self.decoder.spec, self.decoder.blocks
-        self.store = native.make_kv_store(spec, blocks, self.kv_blocks, BLOCK_TOKENS, self.kv_format)
+        self.store = KernelKvStore(spec, blocks, self.kv_blocks, BLOCK_TOKENS, self.kv_format)
         # What nobody wrote must not matter: these are not-a-number in bfloat16 and float32.
         self.store.extents.fill_(0xFF)
         self.free = torch.randperm(self.kv_blocks, generator=torch.Generator().manual_seed(3)).tolist()
@@ -283,3 +286,140 @@ def test_models_that_the_kernels_cannot_run_are_named(name, tiny_checkpoints):
     assert native.unsupported(checkpoint.spec)
     with pytest.raises(BadSetup, match="CPU kernels cannot run this model"):
         native_decoder(checkpoint)
+
+
+class Nearby:
+    """Holders in this process, without weights; borrowed number n is block n // 3 of holder n % 3."""
+
+    def __init__(self, paged: Paged) -> None:
+        spec, blocks = paged.decoder.spec, paged.decoder.blocks
+        self.first = paged.kv_blocks
+        self.stores = [KernelKvStore(spec, blocks, 64, BLOCK_TOKENS, paged.kv_format) for _ in range(3)]
+        self.asked: list[PartialAsk] = []
+        self.moved = 0
+        paged.store.remote = self
+
+    def move(self, paged: Paged, table: list[int], index: int) -> None:
+        """Move a block of a table away; what it leaves behind must not be looked at."""
+        holder, place = self.moved % 3, self.moved // 3
+        self.stores[holder].write_blocks([place], paged.store.read_blocks([table[index]]))
+        paged.store.extents[table[index]] = 0xFF
+        table[index] = self.first + self.moved
+        self.moved += 1
+
+    def ask(self, asked: PartialAsk) -> "Nearby":
+        self.asked.append(asked)
+        return self
+
+    def take(self) -> list[Partial]:
+        asked = self.asked[-1]
+        numbers = [kv_block - self.first for kv_block in asked.kv_blocks]
+        parts = []
+        for holder in dict.fromkeys(number % 3 for number in numbers):
+            mine = [index for index, number in enumerate(numbers) if number % 3 == holder]
+            parts.append(
+                self.stores[holder].attend(
+                    asked.block,
+                    [numbers[index] // 3 for index in mine],
+                    [asked.starts[index] for index in mine],
+                    asked.position,
+                    asked.query,
+                )
+            )
+        return parts
+
+
+def logits_by_parts(
+    decoder: native.NativeDecoder, kv_format: str, cuts: list[int], away: float
+) -> torch.Tensor:
+    """All logits of a prompt in chunks and, with it, of a short one; after each chunk full blocks move away."""
+    paged = Paged(decoder, kv_format)
+    near = Nearby(paged)
+    tokens, short = prompt(90), prompt(20, seed=1)
+    table, short_table = paged.table(len(tokens)), paged.table(len(short))
+    paged.run(chunk(short, 0, 10, short_table))
+    generator = torch.Generator().manual_seed(7)
+    rows = []
+    for start, stop in itertools.pairwise([0, *cuts, len(tokens)]):
+        chunks = [chunk(tokens, start, stop, table)]
+        if start == cuts[0]:
+            chunks.insert(0, chunk(short, 10, 20, short_table))
+        rows.append(paged.run(*chunks))
+        for index in range(stop // BLOCK_TOKENS):
+            leaves = index == 0 or torch.rand(1, generator=generator).item() < away
+            if away and leaves and table[index] < paged.kv_blocks:
+                near.move(paged, table, index)
+    assert bool(near.asked) == bool(away)
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("kv_format", ("bf16", "int8"))
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "bloom", "llama4", "qwen3_moe"])
+def test_logits_by_parts_are_the_same_bits_wherever_blocks_lie(name, kv_format, wider):
+    """Windows, chunks, sinks, soft caps, ALiBi; chunks of prompts and single tokens; three holders."""
+    checkpoint = wider(name).checkpoint
+    weights = load_packed(checkpoint, format="int8" if kv_format == "int8" else "bf16", threads=1)
+
+    def decoder(threads):
+        return native.NativeDecoder(
+            checkpoint.spec, weights, threads=threads, kv_format=kv_format, by_parts=True
+        )
+
+    cuts = [33, 70, 71, 72, 88, 89]
+    here = logits_by_parts(decoder(1), kv_format, cuts, away=0.0)
+    for threads, away in ((1, 0.5), (3, 0.5), (2, 1.0)):
+        assert torch.equal(logits_by_parts(decoder(threads), kv_format, cuts, away), here)
+    assert torch.equal(logits_by_parts(decoder(2), kv_format, cuts, away=0.0), here)
+
+
+@pytest.mark.parametrize("kv_format", ("bf16", "int8"))
+@pytest.mark.parametrize("name", [name for name in INSIDE if name != "gpt_oss"])  # which has sinks
+def test_attention_by_parts_of_a_token_that_sees_itself_alone_rounds_nothing(name, kv_format, wider):
+    """Longer contexts are compared in tests/kernels/test_attention_parts.py: here roundings are amplified."""
+    checkpoint = wider(name).checkpoint
+    weights = load_packed(checkpoint, format="bf16", threads=1)
+    results = []
+    for by_parts in (False, True):
+        decoder = native.NativeDecoder(
+            checkpoint.spec, weights, threads=1, kv_format=kv_format, by_parts=by_parts
+        )
+        paged = Paged(decoder, kv_format)
+        results.append(paged.run(chunk(prompt(90), 0, 90, paged.table(90)))[:1])
+    assert zoo.difference(results[1], results[0]) < SAME
+
+
+def test_a_decoder_that_does_not_attend_by_parts_refuses_borrowed_blocks(wider):
+    checkpoint = wider("llama").checkpoint
+    paged = Paged(native_decoder(checkpoint))
+    near = Nearby(paged)
+    table = paged.table(40)
+    paged.run(chunk(prompt(40), 0, 32, table))
+    near.move(paged, table, 0)
+    with pytest.raises(ValueError, match="attention by parts"):
+        paged.run(chunk(prompt(40), 32, 40, table))
+    own = KernelKvStore(checkpoint.spec, checkpoint.spec.all_blocks, 4, BLOCK_TOKENS, "bf16")
+    query = torch.zeros(1, 4, 16)
+    with pytest.raises(BadRequest, match="before the query"):
+        own.attend(0, [0], [16], 31, query)
+    with pytest.raises(BadRequest, match="no such KV block"):
+        own.attend(0, [4], [0], 31, query)
+    with pytest.raises(BadRequest, match="come in order"):
+        own.attend(0, [0, 1], [16, 0], 64, query)
+
+
+@pytest.mark.parametrize("kv_format", ("bf16", "int8"))
+def test_a_range_of_blocks_is_run_in_one_call_with_the_same_bits(kv_format, wider):
+    """Parts of a span, one after the other, give what the whole gives."""
+    checkpoint = wider("llama").checkpoint
+    tokens = prompt(50)
+    for by_parts in (False, True):
+        weights = load_packed(checkpoint, format="bf16", threads=1)
+        decoder = native.NativeDecoder(
+            checkpoint.spec, weights, threads=2, kv_format=kv_format, by_parts=by_parts
+        )
+        paged = Paged(decoder, kv_format)
+        whole = paged.run(chunk(tokens, 0, 50, paged.table(50)))
+        each = chunk(tokens, 0, 50, paged.table(50))
+        hidden = decoder.forward([each], paged.store, blocks=range(1))
+        logits = decoder.forward([each], paged.store, hidden, blocks=range(1, decoder.blocks.stop))
+        assert hidden.shape == (50, checkpoint.spec.hidden) and torch.equal(logits, whole)

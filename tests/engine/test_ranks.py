@@ -10,6 +10,7 @@ from test_native import INSIDE, ROUNDED_APART, SAME, Paged, native_decoder, wide
 from zoo import LENGTHS, chunk, prompt
 
 from plait.engine import native
+from plait.engine.kernel_kv import KernelKvStore
 from plait.engine.packed import load_packed
 from plait.engine.packed_layout import Shard, check_shard
 from plait.engine.ranks import vocabularies
@@ -40,7 +41,7 @@ class Divided:
             collective = _native.SharedMemoryCollective(memory_fd, rank, ranks, *sizes, 30.0)
             weights = load_packed(checkpoint, format=format, shard=shard, threads=1)
             decoder = native.NativeDecoder(spec, weights, threads=threads, collective=collective)
-            store = native.make_kv_store(spec, spec.all_blocks, 64, zoo.BLOCK_TOKENS, "bf16", ranks)
+            store = KernelKvStore(spec, spec.all_blocks, 64, zoo.BLOCK_TOKENS, "bf16", ranks=ranks)
             self.ranks.append((decoder, store))
         os.close(memory_fd)
 

@@ -5,7 +5,8 @@ checkpoint.py      what a folder holds, before any tensor is read
 loader.py          the weights of a span of blocks; stored.py reads one tensor
 packed.py          the same for the CPU kernels; packed_layout.py says what goes where, packed_cache.py keeps it on disk
 decoder.py         one configurable forward pass; attention.py, moe.py, rotary.py are its parts
-kv_store.py        the memory of KV blocks; kv_loans.py lends and borrows some of them
+native.py          the same forward pass on the CPU kernels
+kv_store.py        the memory of KV blocks; kernel_kv.py that of the kernels; kv_loans.py lends and borrows some of them
 split_attention.py attention over blocks here and on other machines; partial.py merges the parts
 tokenizer.py       text to tokens; chat_template.py, detokenizer.py
 sampling.py        logits to tokens; beam.py, constraints.py

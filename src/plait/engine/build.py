@@ -1,12 +1,13 @@
 """Putting an engine together from a checkpoint folder and options."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from plait.engine import native
+from plait.engine import kernel_kv, native
 from plait.engine.checkpoint import Checkpoint, open_checkpoint
 from plait.engine.decoder import Decoder, SpanDecoder
 from plait.engine.engine import Engine
@@ -122,7 +123,8 @@ def load_span_engine(
     tokenizer = None
     if blocks.stop == len(spec.blocks):
         tokenizer = Tokenizer(options.folder, model_vocab_tokens=spec.vocab_tokens)
-    build = _parts(options, checkpoint, blocks, tokenizer.vocab_tokens if tokenizer else spec.vocab_tokens)
+    token_limit = tokenizer.vocab_tokens if tokenizer else spec.vocab_tokens
+    build = _parts(options, checkpoint, blocks, token_limit, lends=loan_terms is not None)
     # A chain may also enter a span behind its first block: then what comes are hidden states.
     hidden = None if blocks == range(1) else spec.hidden
     on_cpu = torch.device(options.device).type == "cpu"
@@ -140,8 +142,7 @@ def load_span_engine(
     )
     loans = None
     if loan_terms is not None:
-        if not isinstance(store, KvStore):
-            raise BadSetup("KV blocks are lent and borrowed in plain torch only; start with --dtype float32")
+        assert isinstance(store, KvStore | kernel_kv.KernelKvStore)
         loans = KvLoans(spec, scheduler, pool, store, loan_terms)
     borrowable_blocks = options.limits.borrowable_blocks if loans is not None else 0
     held_blocks = kv_blocks + borrowable_blocks
@@ -168,9 +169,13 @@ class _Parts:
     make_store: Callable[[int, str], KvExtents]
 
 
-def _parts(options: EngineOptions, checkpoint: Checkpoint, blocks: range, token_limit: int) -> _Parts:
-    parts = _kernel_parts if native.uses_kernels(options, checkpoint.spec) else _torch_parts
-    return parts(options, checkpoint, blocks, token_limit)
+def _parts(
+    options: EngineOptions, checkpoint: Checkpoint, blocks: range, token_limit: int, *, lends: bool = False
+) -> _Parts:
+    """`lends`: KV blocks will be lent and borrowed."""
+    if native.uses_kernels(options, checkpoint.spec):
+        return _kernel_parts(options, checkpoint, blocks, token_limit, lends)
+    return _torch_parts(options, checkpoint, blocks, token_limit)
 
 
 def _torch_parts(options: EngineOptions, checkpoint: Checkpoint, blocks: range, token_limit: int) -> _Parts:
@@ -193,12 +198,15 @@ def _torch_parts(options: EngineOptions, checkpoint: Checkpoint, blocks: range, 
     )
 
 
-def _kernel_parts(options: EngineOptions, checkpoint: Checkpoint, blocks: range, token_limit: int) -> _Parts:
+def _kernel_parts(
+    options: EngineOptions, checkpoint: Checkpoint, blocks: range, token_limit: int, lends: bool
+) -> _Parts:
     spec, block_tokens = checkpoint.spec, options.block_tokens
     format, kv_format = native.weight_format(options), native.kernel_kv_format(options)
+    threads = options.threads or usable_cores()
+    pool = functools.cache(lambda: kernel_kv.make_pool(threads))
 
     def load_decoder(on_progress: Progress | None) -> SpanDecoder:
-        threads = options.threads or usable_cores()
         weights = load_packed(
             checkpoint,
             blocks=blocks,
@@ -214,13 +222,15 @@ def _kernel_parts(options: EngineOptions, checkpoint: Checkpoint, blocks: range,
             kv_format=kv_format,
             block_tokens=block_tokens,
             token_limit=token_limit,
+            pool=pool(),
+            by_parts=lends,
         )
 
     def make_store(kv_blocks: int, device: str) -> KvExtents:
-        return native.make_kv_store(spec, blocks, kv_blocks, block_tokens, kv_format)
+        return kernel_kv.KernelKvStore(spec, blocks, kv_blocks, block_tokens, kv_format, pool=pool())
 
     return _Parts(
-        extent_bytes=native.kv_extent_bytes(spec, blocks, block_tokens, kv_format),
+        extent_bytes=kernel_kv.kv_extent_bytes(spec, blocks, block_tokens, kv_format),
         kv_format=f"{format} {kv_format}",
         load_decoder=load_decoder,
         make_store=make_store,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from plait.engine.attention import Reach
+from plait.engine.kernel_kv import KernelKvStore
 from plait.engine.kv_store import KvStore
 from plait.engine.partial import Partial
 from plait.engine.remote_kv import PartialAsk
@@ -50,7 +51,7 @@ class KvLoans(BlockLoans):
         spec: ModelSpec,
         scheduler: LoanScheduler,
         pool: KvBlockPool,
-        store: KvStore,
+        store: KvStore | KernelKvStore,
         terms: LoanTerms,
         *,
         first_generation: int = 0,
@@ -102,6 +103,8 @@ class KvLoans(BlockLoans):
         tokens = query.shape[0] if query.dim() == 3 else 0
         if not tokens or query.shape[1] != attention.heads or query.shape[2] != attention.cached_dim:
             raise BadRequest(f"a query of shape {tuple(query.shape)} is not one of block {block}")
+        if isinstance(self.store, KernelKvStore):
+            return self.store.attend(block, [each.kv_block for each in blocks], starts, position, query)
         reach = Reach.of(attention)
         kv_heads = attention.heads if attention.latent else attention.kv_heads
         key = (reach, kv_heads, query.dtype, tuple(blocks), tuple(starts), position, tokens)

@@ -42,6 +42,8 @@ class KvExtents:
         self.blocks = blocks
         self.kv_blocks = kv_blocks
         self.block_tokens = block_tokens
+        self.remote: RemoteKv | None = None
+        """Where blocks are whose numbers lie beyond `kv_blocks`."""
         try:
             self.extents = _zeros(kv_blocks, elements, dtype=dtype, device=torch.device(device))
         except (RuntimeError, MemoryError):
@@ -113,8 +115,6 @@ class KvStore(KvExtents):
         self.pages_per_kv_block = len(blocks) * self.pages_per_layer
         elements = self.pages_per_kv_block * block_tokens * self.dim
         super().__init__(blocks, kv_blocks, block_tokens, elements, dtype, device)
-        self.remote: RemoteKv | None = None
-        """Where blocks are whose numbers lie beyond `kv_blocks`."""
         self.pages = self.extents.view(-1, block_tokens * self.dim)
         self.vectors = self.extents.view(-1, self.dim)
 

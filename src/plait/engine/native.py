@@ -5,22 +5,22 @@ Results do not depend on what else is in the batch, on how a prompt is cut into 
 every sum has one order that follows from the sequence alone (docs/systems/cpu-inference.md says how).
 """
 
-import os
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate, chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from plait.engine.attention import Reach
+from plait.engine.kernel_kv import attention_shape, l2_bytes, make_pool, part_arrays
 from plait.engine.kv_store import KvExtents
 from plait.engine.options import EngineOptions
 from plait.engine.packed import PackedEntry, PackedWeights, WeightFormatName
 from plait.engine.packed_layout import PANEL_COLUMNS, vocabulary_of
+from plait.engine.remote_kv import PartialAsk, PendingParts
 from plait.engine.step import SequenceChunk
 from plait.errors import BadSetup, EngineFailure
 from plait.kernels import use_native
@@ -41,7 +41,6 @@ from plait.model import (
 _PLACEMENTS = ("pre", "post", "sandwich", "parallel", "parallel_shared", "after_residual")
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "clamped_swiglu")
 _ROPE_POSITIONS = 1024  # a table grows by whole multiples: always the same products, whatever asked for them
-_DEFAULT_L2_BYTES = 2**20
 _BEST = np.dtype([("value", np.float32), ("id", np.int32)])
 _NO_TOKEN = np.array((0.0, -1), dtype=_BEST)
 
@@ -103,24 +102,6 @@ def kernel_kv_format(options: EngineOptions) -> str:
     return "int8" if options.kv_cache_dtype == "int8" else "bf16"
 
 
-def kv_extent_bytes(spec: ModelSpec, blocks: range, block_tokens: int, kv_format: str, ranks: int = 1) -> int:
-    """Memory of one KV block in `kv_format` ("bf16" or "int8") on one of `ranks` machines that share the heads."""
-    from plait.kernels import _native
-
-    attention = spec.blocks[blocks.start].attention
-    return _native.kv_extent_bytes(
-        kv_format, len(blocks), attention.kv_heads // ranks, attention.head_dim, block_tokens
-    )
-
-
-def make_kv_store(
-    spec: ModelSpec, blocks: range, kv_blocks: int, block_tokens: int, kv_format: str, ranks: int = 1
-) -> KvExtents:
-    """KV memory as the kernels lay it out (csrc/table.h)."""
-    extent_bytes = kv_extent_bytes(spec, blocks, block_tokens, kv_format, ranks)
-    return KvExtents(blocks, kv_blocks, block_tokens, extent_bytes, torch.uint8, "cpu")
-
-
 class NativeDecoder:
     """A span of a model's blocks on this machine's CPU cores; the span is that of the weights."""
 
@@ -138,9 +119,11 @@ class NativeDecoder:
         token_limit: int | None = None,
         collective: Any = None,
         pool: Any = None,
+        by_parts: bool = False,
     ) -> None:
         """`token_limit`: ids from there on pad the vocabulary and are never among the best. `pool`: threads that exist
-        already.
+        already. `by_parts`: attention is added up KV block by KV block, so that it does not show where those lie
+        (csrc/attention.inl); without it all of them must lie here.
 
         Raises:
             BadSetup: the kernels cannot run this model.
@@ -166,15 +149,8 @@ class NativeDecoder:
         self.head_columns = self._head["columns"] if self._head else 0
         attention = spec.blocks[self.blocks.start].attention
         ranks = weights.shard.ranks
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        self._pool = pool or _native.Pool(threads, cores[:threads] if threads <= len(cores) else [])
-        self._token_limit = token_limit
-        self._kv_format, self._block_tokens = kv_format, block_tokens
-        self._single: dict[int, NativeDecoder] = {}
-        """Decoders of one block each, on the same weights and threads: for sessions that cross a part of the span."""
-        self._ran_single: Sequence[int] = ()
         self._decoder = _native.Decoder(
-            pool=self._pool,
+            pool=pool or make_pool(threads),
             weights=weights.arena.memory,
             model=self._model(token_limit or spec.vocab_tokens),
             kv_format=kv_format,
@@ -182,7 +158,8 @@ class NativeDecoder:
             dim=attention.head_dim,
             block_tokens=block_tokens,
             collective=collective,
-            l2_bytes=_l2_bytes(),
+            l2_bytes=l2_bytes(),
+            by_parts=by_parts,
         )
 
     # -- one pass --------------------------------------------------------------------------------------
@@ -204,45 +181,76 @@ class NativeDecoder:
         Raises:
             EngineFailure: another rank of the tensor-parallel group failed.
         """
-        if blocks is not None and blocks != self.blocks:
-            return self._forward_part(chunks, store, hidden, blocks)
-        self._ran_single = ()
-        return self._forward(chunks, store.extents, hidden)
+        blocks = self.blocks if blocks is None else blocks
+        step = self._step(chunks, store, hidden, blocks)
+        if any(max(chunk.kv_blocks) >= store.kv_blocks for chunk in chunks):
+            self._forward_split(step, chunks, store, blocks)
+        else:
+            before_s = time.perf_counter()
+            try:
+                self._decoder.forward(step)
+            except RuntimeError as error:
+                raise EngineFailure(f"the tensor-parallel group failed: {error}") from None
+            self.kernel_s += time.perf_counter() - before_s
+        if step["out_hidden"] is not None:
+            return torch.from_numpy(step["out_hidden"])
+        asked = [top for top in step["logit_tops"].tolist() if top]
+        best = step["tops"].view(_BEST)[..., 0] if asked else np.empty((0, 0), dtype=_BEST)
+        self.best = [
+            [(id, value) for value, id in row[:top].tolist() if id >= 0]  # a small vocabulary may have fewer
+            for row, top in zip(best, asked, strict=True)
+        ]
+        return torch.from_numpy(step["logits"])
 
-    def _forward_part(
-        self, chunks: Sequence[SequenceChunk], store: KvExtents, hidden: Tensor | None, blocks: range
-    ) -> Tensor:
-        """One block after the other. What an extent holds of one block is an extent of a store of that block alone."""
-        layers = len(self.blocks)
-        extents = store.extents.view(store.kv_blocks * layers, -1)
-        tables = [np.asarray(chunk.kv_blocks, dtype=np.int64) * layers for chunk in chunks]
-        result = hidden
+    def _forward_split(
+        self, step: dict[str, Any], chunks: Sequence[SequenceChunk], store: KvExtents, blocks: range
+    ) -> None:
+        """A pass in which the contexts of some chunks lie partly elsewhere: it stops at each block's attention, sends
+        the queries out, attends what is here, and goes on with what comes back.
+        """
+        assert store.remote is not None, (
+            "a block table names borrowed blocks, and nobody knows where they are"
+        )
+        remote, decoder = store.remote, self._decoder
+        started_s = time.perf_counter()
+        waited_s = 0.0
+        decoder.start(step)
+        parts: list[list[tuple[np.ndarray, ...]]] = []
         for block in blocks:
-            single = self._single.get(block)
-            if single is None:
-                single = self._single[block] = NativeDecoder(
-                    self.spec,
-                    replace(self._weights, blocks=range(block, block + 1)),
-                    threads=0,
-                    kv_format=self._kv_format,
-                    block_tokens=self._block_tokens,
-                    token_limit=self._token_limit,
-                    pool=self._pool,
-                )
-            layer = block - self.blocks.start
-            own = [
-                replace(chunk, kv_blocks=(table + layer).tolist())
-                for chunk, table in zip(chunks, tables, strict=True)
-            ]
-            result = single._forward(own, extents, result)
-            self.kernel_s += single.kernel_s
-            single.kernel_s = 0.0
-        self._ran_single = blocks
-        self.best = self._single[blocks[-1]].best
-        assert result is not None
-        return result
+            decoder.advance(parts)
+            asked_s = time.perf_counter()
+            pending: list[PendingParts | None] = []
+            for share, chunk in enumerate(chunks):
+                ask = self._ask(share, chunk, store, block)
+                pending.append(None if ask is None else remote.ask(ask))
+            waited_s += time.perf_counter() - asked_s
+            decoder.attend()
+            asked_s = time.perf_counter()
+            parts = [[] if each is None else [part_arrays(part) for part in each.take()] for each in pending]
+            waited_s += time.perf_counter() - asked_s
+        decoder.advance(parts)
+        self.kernel_s += time.perf_counter() - started_s - waited_s
 
-    def _forward(self, chunks: Sequence[SequenceChunk], extents: Tensor, hidden: Tensor | None) -> Tensor:
+    def _ask(self, share: int, chunk: SequenceChunk, store: KvExtents, block: int) -> PartialAsk | None:
+        """What is to be asked of others for a chunk's attention in one block; None if it sees nothing of theirs."""
+        spec, block_tokens = self.spec.blocks[block].attention, store.block_tokens
+        first = Reach.of(spec).first_key(chunk.start) // block_tokens
+        elsewhere = [
+            (kv_block, index * block_tokens)
+            for index, kv_block in enumerate(chunk.kv_blocks)
+            if index >= first and kv_block >= store.kv_blocks
+        ]
+        if not elsewhere:
+            return None
+        query = torch.empty(len(chunk.token_ids), spec.heads, spec.head_dim)
+        self._decoder.queries(share, query.numpy())
+        kv_blocks, starts = zip(*elsewhere, strict=True)
+        return PartialAsk(block, kv_blocks, starts, chunk.start, query)
+
+    def _step(
+        self, chunks: Sequence[SequenceChunk], store: KvExtents, hidden: Tensor | None, blocks: range
+    ) -> dict[str, Any]:
+        """A pass as the extension wants it, with room for what comes out."""
         counts = [len(chunk.token_ids) for chunk in chunks]
         firsts = [0, *accumulate(counts)]
         table_starts = [0, *accumulate(len(chunk.kv_blocks) for chunk in chunks)]
@@ -265,47 +273,37 @@ class NativeDecoder:
             rows.extend(range(end - chunk.logit_rows, end))
             tops.extend([chunk.top_logits] * chunk.logit_rows)
         best_rows = sum(1 for top in tops if top)
-        logits = torch.empty(len(tops) - best_rows if self._decides else 0, self.head_columns)
-        best = np.full((best_rows, max(tops, default=0)), _NO_TOKEN, dtype=_BEST)
-        out_hidden = None if self._decides else torch.empty(firsts[-1], self.spec.hidden)
-        before_s = time.perf_counter()
-        try:
-            self._decoder.forward(
-                token_ids=token_ids,
-                # Arrays, not tensors: torch takes ten microseconds to hand one over.
-                hidden=None if hidden is None else hidden.float().contiguous().numpy(),
-                parts=parts,
-                tables=tables,
-                rope_tables=self._rope_tables(chunks, counts),
-                temperatures=self._temperatures(parts),
-                kv=extents.numpy(),
-                logit_rows=np.array(rows, dtype=np.int32),
-                logit_tops=np.array(tops, dtype=np.int32),
-                out_hidden=None if out_hidden is None else out_hidden.numpy(),
-                logits=logits.numpy(),
-                tops=best.view(np.int32).reshape(*best.shape, 2) if best_rows else None,
-            )
-        except RuntimeError as error:
-            raise EngineFailure(f"the tensor-parallel group failed: {error}") from None
-        self.kernel_s += time.perf_counter() - before_s
-        if out_hidden is not None:
-            return out_hidden
-        asked = [top for top in tops if top]
-        self.best = [
-            [(id, value) for value, id in row[:top].tolist() if id >= 0]  # a small vocabulary may have fewer
-            for row, top in zip(best, asked, strict=True)
-        ]
-        return logits
+        decides = blocks.stop == len(self.spec.blocks)
+        # Arrays, not tensors: torch takes ten microseconds to hand one over.
+        return {
+            "token_ids": token_ids,
+            "hidden": None if hidden is None else hidden.float().contiguous().numpy(),
+            "parts": parts,
+            "tables": tables,
+            "rope_tables": self._rope_tables(chunks, counts),
+            "temperatures": self._temperatures(parts),
+            "kv": store.extents.numpy(),
+            "logit_rows": np.array(rows, dtype=np.int32),
+            "logit_tops": np.array(tops, dtype=np.int32),
+            "out_hidden": None if decides else np.empty((firsts[-1], self.spec.hidden), dtype=np.float32),
+            "logits": np.empty(
+                (len(tops) - best_rows if decides else 0, self.head_columns), dtype=np.float32
+            ),
+            "tops": np.full((best_rows, max(tops, default=0)), _NO_TOKEN, dtype=_BEST)
+            .view(np.int32)
+            .reshape(best_rows, -1, 2)
+            if best_rows
+            else None,
+            "first_block": blocks.start - self.blocks.start,
+            "end_block": blocks.stop - self.blocks.start,
+        }
 
     def non_finite(self) -> str:
         """Where the latest pass first met a value that is not finite (row and block); "" if nowhere."""
-        for block in self._ran_single:
-            if where := self._single[block].non_finite():
-                return where
-        return "" if self._ran_single else self._decoder.non_finite()
+        return self._decoder.non_finite()
 
     def phase_seconds(self) -> dict[str, float]:
-        """Seconds of the latest pass by kind of work."""
+        """Seconds of the latest pass by kind of work; waiting for parts of an attention is in none of them."""
         return self._decoder.seconds()
 
     def _rope_tables(self, chunks: Sequence[SequenceChunk], counts: Sequence[int]) -> np.ndarray:
@@ -401,12 +399,10 @@ class NativeDecoder:
 
     def _attention(self, block: int, spec: AttentionSpec) -> dict[str, Any]:
         shard = self._weights.shard
-        heads, kv_heads = spec.heads // shard.ranks, spec.kv_heads // shard.ranks
-        mine = slice(shard.rank * heads, (shard.rank + 1) * heads)
+        heads = spec.heads // shard.ranks
         sinks = self._small(block, "sinks")
-        slopes = None
-        if spec.alibi is not None:
-            slopes = np.array(spec.alibi.slopes, dtype=np.float32)[mine] * np.float32(spec.alibi.scale)
+        if sinks is not None:
+            sinks = np.ascontiguousarray(sinks[shard.rank * heads : (shard.rank + 1) * heads])
         if spec.temperature is not None:
             assert self._temperature in (None, spec.temperature)
             self._temperature = spec.temperature
@@ -421,15 +417,8 @@ class NativeDecoder:
                 "this model normalises the queries of all heads together, which tensor parallelism cannot split"
             )
         return {
-            "heads": heads,
-            "kv_heads": kv_heads,
-            "dim": spec.head_dim,
-            "scale": spec.scale,
-            "window_tokens": spec.window_tokens or 0,
-            "chunk_tokens": spec.chunk_tokens or 0,
-            "softcap": spec.softcap or 0.0,
-            "sinks": None if sinks is None else np.ascontiguousarray(sinks[mine]),
-            "slopes": slopes,
+            **attention_shape(spec, shard.rank, shard.ranks),
+            "sinks": sinks,
             "qkv": self._matrix(block, "qkv"),
             "out": self._matrix(block, "attention_out"),
             "rope": rope,
@@ -512,12 +501,3 @@ class NativeDecoder:
     def _small(self, block: int | None, slot: str, kind: str = "weight") -> np.ndarray | None:
         tensor = self._weights.small.get(SlotKey(block, slot, "bias" if kind == "bias" else "weight"))
         return None if tensor is None else np.ascontiguousarray(tensor.numpy())
-
-
-def _l2_bytes() -> int:
-    """The second-level cache of a core."""
-    try:
-        size = Path("/sys/devices/system/cpu/cpu0/cache/index2/size").read_text().strip()
-        return int(size.removesuffix("K")) * 1024 if size.endswith("K") else int(size)
-    except (OSError, ValueError):
-        return _DEFAULT_L2_BYTES

@@ -12,15 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from plait.engine.checkpoint import Checkpoint, open_checkpoint
 from plait.engine.decoder import SpanDecoder
+from plait.engine.kernel_kv import KernelKvStore
 from plait.engine.kv_store import KvExtents
 from plait.engine.loader import Progress
-from plait.engine.native import (
-    NativeDecoder,
-    kernel_kv_format,
-    make_kv_store,
-    uses_kernels,
-    weight_format,
-)
+from plait.engine.native import NativeDecoder, kernel_kv_format, uses_kernels, weight_format
 from plait.engine.options import EngineOptions, usable_cores
 from plait.engine.packed import WEIGHT_FORMATS, load_packed, packed_cache_folder
 from plait.engine.packed_layout import Shard, check_shard, vocabulary_of
@@ -214,4 +209,6 @@ def vocabularies(spec: ModelSpec, ranks: int) -> list[range]:
 
 
 def _kv_memory(plan: RankPlan, spec: ModelSpec, kv_blocks: int) -> KvExtents:
-    return make_kv_store(spec, spec.all_blocks, kv_blocks, plan.block_tokens, plan.kv_format, plan.ranks)
+    return KernelKvStore(
+        spec, spec.all_blocks, kv_blocks, plan.block_tokens, plan.kv_format, ranks=plan.ranks
+    )

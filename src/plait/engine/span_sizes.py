@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from plait.engine import native
+from plait.engine import kernel_kv, native
 from plait.engine.checkpoint import Checkpoint
 from plait.engine.options import DTYPES, EngineOptions
 from plait.engine.packed import packed_weight_bytes
@@ -122,7 +122,7 @@ def computing_format(options: EngineOptions, spec: ModelSpec) -> tuple[str, str]
 def _kv_block_bytes(checkpoint: Checkpoint, options: EngineOptions, blocks: range, *, kernels: bool) -> int:
     if kernels:
         kv_format = native.kernel_kv_format(options)
-        return native.kv_extent_bytes(checkpoint.spec, blocks, options.block_tokens, kv_format)
+        return kernel_kv.kv_extent_bytes(checkpoint.spec, blocks, options.block_tokens, kv_format)
     elements = checkpoint.spec.kv_elements_per_token(blocks)
     return elements * options.block_tokens * DTYPES[options.dtype].itemsize
 

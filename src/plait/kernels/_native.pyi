@@ -304,28 +304,49 @@ class Decoder:
         block_tokens: int,
         collective: Collective | None,
         l2_bytes: int,
+        by_parts: bool,
     ) -> None: ...
     def add_rope_table(self) -> int: ...
     def set_rope_table(self, index: int, rope: int, cosines: object, sines: object) -> None: ...
-    def forward(
-        self,
-        token_ids: Array | None,
-        hidden: Array | None,
-        parts: Array,
-        tables: Array,
-        rope_tables: Array,
-        temperatures: Array | None,
-        kv: Array,
-        logit_rows: Array,
-        logit_tops: Array,
-        out_hidden: Array | None,
-        logits: Array | None,
-        tops: Array | None,
-    ) -> None: ...
+    def forward(self, step: dict[str, Any]) -> None: ...
+    def start(self, step: dict[str, Any]) -> None: ...
+    def advance(self, elsewhere: list[Any]) -> None: ...
+    def attend(self) -> None: ...
+    def queries(self, share: int, out: Array) -> None: ...
     def non_finite(self) -> str: ...
     def seconds(self) -> dict[str, float]: ...
 
 def kv_extent_bytes(format: str, layers: int, heads: int, dim: int, block_tokens: int) -> int: ...
+
+class Lender:
+    """
+    Attention over KV blocks of others, of a span whose blocks have these shapes.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        blocks: list[Any],
+        kv_format: str,
+        kv_heads: int,
+        dim: int,
+        block_tokens: int,
+        l2_bytes: int,
+        isa: str = "",
+    ) -> None: ...
+    def attend(
+        self,
+        kv: Array,
+        layer: int,
+        kv_blocks: Array,
+        starts: Array,
+        position: int,
+        queries: Array,
+        out: tuple,
+    ) -> None:
+        """
+        Attend queries float32 [tokens, heads, dim], the first at `position`, over KV blocks that hold the tokens from `starts` on; `out` is (most, weight, summed).
+        """
 
 class Collective:
     """A group of tensor-parallel ranks, as one of them sees it."""

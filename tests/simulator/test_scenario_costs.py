@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import plait.model
 from plait.costs import format_profile
 from plait.errors import BadSetup
 from plait.profiler import shipped_profile
@@ -82,3 +83,11 @@ def test_a_profile_of_another_machine_has_to_be_forced(tmp_path: Path) -> None:
         report(CPU, tmp_path)
     forced = report(CPU.replace("extrapolate", "force_profile: true, extrapolate"), tmp_path)
     assert forced["requests"]["finished"] == 4
+
+
+def test_a_shipped_profile_is_named_without_a_path() -> None:
+    """Wherever this runs: forced, since the machine may be another one."""
+    tiny = CPU.replace("opt-13b", "tiny").replace("box.json", "tiny-zen4, force_profile: true")
+    assert report(tiny, Path(plait.model.__file__).parent)["requests"]["finished"] == 4
+    with pytest.raises(BadSetup, match=r"cannot read the profile '.*tiny-zen9'"):
+        report(tiny.replace("zen4", "zen9"), Path(plait.model.__file__).parent)

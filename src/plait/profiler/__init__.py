@@ -13,12 +13,13 @@ shelf.py         profiles that are shipped, and those in files; shipped/ has the
 from plait.profiler.fingerprint import hardware_fingerprint
 from plait.profiler.grid import ProfileGrid
 from plait.profiler.profile import ProfileWish, profile_model
-from plait.profiler.shelf import read_profile, shipped_profile, shipped_profile_names
+from plait.profiler.shelf import profile_file, read_profile, shipped_profile, shipped_profile_names
 
 __all__ = [
     "ProfileGrid",
     "ProfileWish",
     "hardware_fingerprint",
+    "profile_file",
     "profile_model",
     "read_profile",
     "shipped_profile",

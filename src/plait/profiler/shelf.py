@@ -32,6 +32,14 @@ def read_profile(file: Path, *, for_this_machine: bool = True) -> Profile:
     return profile
 
 
+def profile_file(folder: Path, name: Path) -> Path:
+    """Where the profile of this name is: in the folder, or, if there is no such file, among those that are shipped."""
+    file = folder / name
+    if not file.exists() and str(name) in shipped_profile_names():
+        return Path(str(_SHIPPED / f"{name}.json"))
+    return file
+
+
 def shipped_profile_names() -> tuple[str, ...]:
     """The profiles that come with plait."""
     return tuple(

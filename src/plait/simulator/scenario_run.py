@@ -219,9 +219,9 @@ def _costs(part: MachinePart, shape: SpanShape, folder: Path) -> CostModel:
             interconnect=interconnect_named(part.interconnect) if part.interconnect else None,
         )
     assert part.profile is not None
-    from plait.profiler import read_profile  # it asks torch what hardware this is
+    from plait.profiler import profile_file, read_profile  # they ask torch what hardware this is
 
-    file = folder / part.profile
+    file = profile_file(folder, part.profile)
     profile = read_profile(file, for_this_machine=not part.force_profile)
     if profile.model.model_blocks != len(shape.model.blocks):
         raise BadSetup(

@@ -1,5 +1,8 @@
 """`plait simulate`: what would happen on machines that one does not have."""
 
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,13 +12,17 @@ from plait.cli.terminal import JsonFlag, note, print_fields, print_json, print_t
 from plait.errors import BadSetup
 from plait.units import format_s
 
+_PROGRESS_S = 5.0
+
 
 def simulate(
     scenario: Annotated[
         str,
         typer.Argument(help="A scenario (YAML), or an embedded one: replicas, swarm.", metavar="SCENARIO"),
     ],
-    seed: Annotated[int | None, typer.Option("--seed", help="Another seed than the scenario's.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Another seed than the scenario's.")
+    ] = None,
     trace: Annotated[
         Path | None, typer.Option("--trace", help="Write a timeline for chrome://tracing or Perfetto.")
     ] = None,
@@ -54,7 +61,13 @@ def simulate(
         read = read.model_copy(update={"machines": forced})
     timeline = simulator.Timeline() if trace is not None else None
     run = simulator.run_of_scenario(read, file.parent, timeline=timeline)
-    run.run(until_event=until_event)
+    stopped, requests = False, read.workload.requests or 0
+    try:
+        run.run(until_event=until_event, on_progress=_progress(run, requests))
+    except KeyboardInterrupt:
+        stopped = True
+        run.settle()
+        note(f"stopped: what follows is of the {len(run.outcomes)} requests that were over by then")
     if until_event is not None:
         _print_stopped(run, json)
         return
@@ -69,6 +82,25 @@ def simulate(
         print_json(report)
     else:
         _print_report(report)
+    if stopped:
+        raise typer.Exit(130)
+
+
+def _progress(run: Any, requests: int) -> Callable[[], None]:
+    """Says now and then, on a terminal, how far a run is."""
+    began_s = said_s = time.monotonic()
+
+    def say_how_far() -> None:
+        nonlocal said_s
+        now_s = time.monotonic()
+        if now_s - said_s >= _PROGRESS_S and sys.stderr.isatty():
+            said_s = now_s
+            over = len(run.outcomes)
+            left_s = (requests - over) * (now_s - began_s) / over if over else 0.0
+            about = f", about {format_s(left_s)} left" if left_s > 0 else ""
+            note(f"{over} requests are over, {format_s(run.heap.now_s)} simulated{about}")
+
+    return say_how_far
 
 
 def _file(scenario: str) -> Path:

@@ -7,7 +7,7 @@ faults, moves requests off machines that are gone, and asserts after every event
 
 import math
 from bisect import insort
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Literal
@@ -36,6 +36,7 @@ RETRY_S = 1.0
 """As sessions do (`SessionTimes.retry_s`)."""
 Asks = Literal["answer", "power-of-two", "context"]
 _NAMED = 12
+_PROGRESS_EVENTS = 4096
 _GROUPS = 10
 _OWN_PROMPT = 2**31  # above all numbers of blocks
 
@@ -139,8 +140,9 @@ class ClusterRun:
 
     # The run.
 
-    def run(self, *, until_event: int | None = None) -> None:
-        """Let events happen until every request is over, or until so many have happened.
+    def run(self, *, until_event: int | None = None, on_progress: Callable[[], None] | None = None) -> None:
+        """Let events happen until every request is over, or until so many have happened; `on_progress` is called now
+        and then.
 
         Raises:
             Deadlock: requests are left and nothing will ever happen to them.
@@ -153,6 +155,8 @@ class ClusterRun:
             if heap.idle and not (self.lending is not None and self.lending.hopes):
                 raise Deadlock(self._deadlock())
             heap.step()
+            if on_progress is not None and heap.events % _PROGRESS_EVENTS == 0:
+                on_progress()
             if options.check == "event":
                 heap.blame(self._check_touched)
             elif options.check == "some" and heap.events % options.check_every == 0:
@@ -160,6 +164,12 @@ class ClusterRun:
         if self.lending is not None:
             self.lending.drain()
         self._finish()
+
+    def settle(self) -> None:
+        """Count what machines have done so far, in a run that somebody ended: for a report of it."""
+        self._count_in_flight()
+        for worker in self.workers.values():
+            worker.note_counts()
 
     def check(self, *, touched_only: bool = False, empty: bool = False) -> None:
         """Assert the invariants of all books: schedulers, pools, sessions, requests. With `touched_only`, schedulers
@@ -201,9 +211,7 @@ class ClusterRun:
 
     def _finish(self) -> None:
         """Everything is over: nothing may be left, and the mean in flight is rate times mean time (Little 1961)."""
-        self._count_in_flight()
-        for worker in self.workers.values():
-            worker.note_counts()
+        self.settle()
         self.check(empty=True)
         told = sum(tokens - 1 for tokens in self.outcomes.output_tokens if tokens)
         assert len(self.outcomes.gaps_s) == told, "a token was told twice, or not at all"

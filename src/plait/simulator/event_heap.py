@@ -18,9 +18,11 @@ from enum import IntEnum
 from hashlib import blake2b
 from typing import Any
 
+from plait.errors import BadSetup
 from plait.simulator.virtual_loop import MAX_EVENTS_AT_ONCE, Livelock
 
 NS_PER_S = 1_000_000_000
+_FOREVER_S = 1e10
 _DIGEST_LINES = 256
 _REMEMBERED_LINES = 20
 
@@ -155,5 +157,14 @@ class EventHeap:
 
 
 def ns_of(seconds: float) -> int:
-    """Seconds as whole nanoseconds."""
+    """Seconds as whole nanoseconds.
+
+    Raises:
+        BadSetup: more than centuries: some rate, time or cost is not what was meant.
+    """
+    if not seconds < _FOREVER_S:
+        raise BadSetup(
+            f"a run in which something takes {seconds:g} s never ends; look for a rate, a duration or a cost that is "
+            "not what was meant"
+        )
     return round(seconds * NS_PER_S)

@@ -23,6 +23,7 @@ partition   nothing gets from some machines to the others and the gateway: `mach
 squeeze     something else takes the part `strength` of its KV memory, or what of that is free
 """
 FAULT_KINDS: tuple[RunFaultKind, ...] = get_args(RunFaultKind)
+MAX_FAULTS = 100_000
 DEFAULT_STRENGTH = {"slow_node": 4.0, "slow_link": 0.2, "narrow_link": 20.0, "squeeze": 0.5}
 
 
@@ -60,6 +61,11 @@ def draw_faults(
             at_s += float(rng.exponential(3600 / rate.per_hour))
             if at_s >= until_s:
                 break
+            if len(faults) == MAX_FAULTS:
+                raise BadSetup(
+                    f"{rate.per_hour:g} faults of kind {rate.kind!r} an hour are more than {MAX_FAULTS} in a run of "
+                    f"{until_s:g} s; give a lower rate"
+                )
             count = max(1, len(machines) // 2) if rate.kind == "partition" else 1
             order: list[int] = rng.permutation(len(machines)).tolist()
             struck = sorted(order[: int(rng.integers(1, count + 1))])

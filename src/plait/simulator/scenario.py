@@ -20,9 +20,13 @@ from plait.routing import RouteMode
 from plait.scheduling import POLICY_NAMES
 from plait.simulator.cluster_run import Asks
 from plait.simulator.faults_of_run import RunFaultKind
+from plait.simulator.simulated_network import GATEWAY
 from plait.units import parse_bytes
 
 MAX_SCENARIO_BYTES = 1 << 20
+MAX_MACHINES = 10_000
+MAX_REQUESTS = 10_000_000
+"""Of more, the numbers that are kept of each would fill the memory of a usual machine."""
 
 
 def _size(value: object) -> object:
@@ -73,7 +77,7 @@ class MachinePart(_Part):
     than this one only if `force_profile` says so), or `linear` ones."""
 
     name: str = Field(min_length=1, max_length=64)
-    count: int = Field(default=1, ge=1, le=100_000)
+    count: int = Field(default=1, ge=1, le=MAX_MACHINES)
     blocks: str | None = None
     device: str | None = None
     devices: int = Field(default=1, ge=1)
@@ -137,7 +141,7 @@ class WorkloadPart(_Part):
     trace: Path | None = None
     format: Literal["plait", "azure", "burstgpt", "mooncake"] = "plait"
     conversations: ConversationsPart | None = None
-    requests: int | None = Field(default=None, ge=1, le=100_000_000)
+    requests: int | None = Field(default=None, ge=1, le=MAX_REQUESTS)
     lengths: str = "sharegpt-like"
     rate_per_s: NotNegative | None = None
     burstiness: Positive = 1.0
@@ -257,6 +261,8 @@ def parse_scenario(text: str, where: str) -> Scenario:
         tree: object = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise BadSetup(f"{where} is not YAML: {error}".replace("\n", " ")) from error
+    except RecursionError:
+        raise BadSetup(f"{where} is nested deeper than any scenario") from None
     if not isinstance(tree, dict):
         raise BadSetup(f"{where} must map names to values, and have at least model, machines and workload")
     try:
@@ -290,9 +296,20 @@ def _check(scenario: Scenario, where: str) -> None:
             raise BadSetup(
                 f"{at}: scheduling is {machine.scheduling!r}; choose one of {', '.join(POLICY_NAMES)}"
             )
-    names = [machine.name for machine in scenario.machines]
-    if len(set(names)) < len(names):
-        raise BadSetup(f"{where}: machines must have different names, not {', '.join(names)}")
+        linear = machine.linear
+        if linear is not None and not linear.per_step_s and not linear.per_token_s:
+            raise BadSetup(
+                f"{at}: steps that take no time are no costs; give per_step_s or per_token_s above 0"
+            )
+    count = sum(machine.count for machine in scenario.machines)
+    if count > MAX_MACHINES:
+        raise BadSetup(f"{where}: {count} machines are more than the {MAX_MACHINES} that a run can have")
+    names = [name for machine in scenario.machines for name in names_of(machine)]
+    again = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < count else None
+    if again is not None:
+        raise BadSetup(f"{where}: machines must have different names, and two are called {again!r}")
+    if GATEWAY in names:
+        raise BadSetup(f"{where}: {GATEWAY!r} is where requests come in; call the machine something else")
     if scenario.routing.mode not in get_args(RouteMode) or scenario.routing.mode == "pinned":
         modes = ", ".join(mode for mode in get_args(RouteMode) if mode != "pinned")
         raise BadSetup(f"{where}: routing.mode is {scenario.routing.mode!r}; choose one of {modes}")
@@ -301,6 +318,15 @@ def _check(scenario: Scenario, where: str) -> None:
         raise BadSetup(f"{where}: workload.conversations are drawn; give a rate_per_s above 0 and no trace")
     if workload.trace is None and (workload.requests is None or workload.rate_per_s is None):
         raise BadSetup(f"{where}: workload needs a trace, or requests and rate_per_s (0 sends all at once)")
+
+
+def names_of(machine: MachinePart) -> list[str]:
+    """The names of so many equal machines: replica-0, replica-1, ..."""
+    return (
+        [machine.name]
+        if machine.count == 1
+        else [f"{machine.name}-{number}" for number in range(machine.count)]
+    )
 
 
 def _explain(error: ValidationError, where: str) -> str:

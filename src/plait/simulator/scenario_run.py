@@ -1,7 +1,7 @@
 """From a scenario to a run: costs, memory and links of every machine, the requests, what breaks."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -37,6 +37,7 @@ from plait.simulator.scenario import (
     LinkPart,
     MachinePart,
     Scenario,
+    names_of,
 )
 from plait.simulator.simulated_lender import LendingSpec
 from plait.simulator.simulated_network import LinkSpec, NetworkSpec
@@ -58,6 +59,8 @@ from plait.workload import (
 _PARSERS = MappingProxyType(
     {"plait": parse_trace, "azure": parse_azure, "burstgpt": parse_burstgpt, "mooncake": parse_mooncake}
 )
+MAX_KV_BLOCKS = 30_000_000
+"""Each takes about 100 bytes here."""
 KV_FRACTION = 0.9
 """Part of a device's memory that weights and cache fill; the rest is for activations, as in vLLM."""
 
@@ -122,6 +125,7 @@ def run_of_scenario(scenario: Scenario, folder: Path, *, timeline: Timeline | No
         machine for part in scenario.machines for machine in _machines(part, spec, folder, seed=scenario.seed)
     ]
     machines = _with_lending(scenario.lending, machines, spec)
+    _check_machines(machines, len(spec.blocks))
     requests = _requests(scenario, spec, folder)
     names = [machine.name for machine in machines]
     return ClusterRun(
@@ -133,6 +137,23 @@ def run_of_scenario(scenario: Scenario, folder: Path, *, timeline: Timeline | No
         faults=_faults(scenario, names, requests[-1].arrival_s),
         timeline=timeline,
     )
+
+
+def _check_machines(machines: Sequence[MachineSpec], model_blocks: int) -> None:
+    """What cannot serve anybody, or not be kept in memory, is refused before anything runs."""
+    served = {block for blocks in {machine.blocks for machine in machines} for block in blocks}
+    missing = [block for block in range(model_blocks) if block not in served]
+    if missing:
+        raise BadSetup(
+            f"no machine holds block {missing[0]} of the model ({len(missing)} of {model_blocks} are missing), so that "
+            "no request can be served; add a machine for them, or give another one more blocks"
+        )
+    kv_blocks = sum(machine.kv_blocks + machine.host_kv_blocks for machine in machines)
+    if kv_blocks > MAX_KV_BLOCKS:
+        raise BadSetup(
+            f"the machines have {kv_blocks} KV blocks together, and the books of more than {MAX_KV_BLOCKS} do not fit "
+            "the memory of a usual machine; give fewer machines, less kv_memory or larger block_tokens"
+        )
 
 
 def objectives_of(scenario: Scenario) -> Objectives:
@@ -168,8 +189,7 @@ def _machines(part: MachinePart, spec: ModelSpec, folder: Path, *, seed: int) ->
     host_kv_blocks = part.swap_memory // (costs.kv_bytes_per_token * part.block_tokens)
     limits = part.limits
     machines: list[MachineSpec] = []
-    for number in range(part.count):
-        name = part.name if part.count == 1 else f"{part.name}-{number}"
+    for name in names_of(part):
         own = NoisyCosts(costs, part.noise, stream(seed, f"noise/{name}")) if part.noise else costs
         machines.append(
             MachineSpec(

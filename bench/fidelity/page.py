@@ -1,6 +1,7 @@
 """The figures of docs/fidelity.md, written from the results: nothing is copied by hand."""
 
 import json
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ PAGE = ROOT / "docs" / "fidelity.md"
 RESULTS = ROOT / "bench" / "results"
 BEGIN = "<!-- figures: written by `python bench/fidelity.py --page` -->"
 END = "<!-- end of figures -->"
+LINE = 138
 NAMES = ("fidelity", "fidelity_medium")
 
 
@@ -24,45 +26,65 @@ def write_page() -> None:
 
 
 def section(result: dict[str, Any]) -> Iterator[str]:
-    """One result as a heading, a paragraph, and tables."""
-    settings, summary, hardware = result["settings"], result["summary"], result["hardware"]
-    before, judged = summary["before"], summary["L2 and L3"]
-    host = before["calibration"]["host"]
-    yield f"### `{settings['name']}`, {result['date']}"
+    """One result as a heading, paragraphs and tables."""
+    summary = result["summary"]
+    yield f"### `{result['settings']['name']}`, {result['date']}"
     yield ""
-    yield (
-        f"One thread of {hardware['cpu']} ({hardware['cores']} cores); {settings['seeds']} traces of "
-        f"{settings['requests']} requests at each load, {settings['repeats']} live runs of each."
-    )
-    yield (
-        f"Capacity {before['capacity_requests_per_s']:.1f} requests/s, simulated "
-        f"{before['simulated_capacity_requests_per_s']:.1f}. The whole took {summary['duration_s'] / 60:.0f} minutes."
-    )
-    yield (
-        f"The host's part: {host['per_step_s'] * 1e6:.0f} µs a step, {host['per_sequence_s'] * 1e6:.0f} a sequence, "
-        f"{host['per_token_s'] * 1e6:.1f} a token, {host['per_sample_s'] * 1e6:.0f} a sampled row; kernels are "
-        f"{judged['steps']['kernels_share_of_steps']:.0%} of a step."
-    )
-    yield (
-        f"Live runs that were disturbed though repeated: {judged['disturbed']['not_calm']} of "
-        f"{judged['disturbed']['runs']}; the worst lost {judged['disturbed']['worst_fraction']:.1%} of its time."
-    )
+    yield from textwrap.wrap(setting(result), LINE)
     yield ""
     yield "| level | what | simulated against live | goal | live against live | |"
     yield "|---|---|---|---|---|---|"
     for figure in summary["figures"]:
         yield row(figure)
     yield ""
+    yield from textwrap.wrap(one_number(summary), LINE)
+    yield ""
     yield "| single requests | TTFT off by | live against live | E2E off by | live against live |"
     yield "|---|---|---|---|---|"
-    for load, details in judged["loads"].items():
-        cells = [f"at {float(load):.0%} of capacity".replace("%", " %")]
+    for load, details in summary["L2 and L3"]["loads"].items():
+        cells = [f"at {_percent(float(load))} of capacity"]
         for name in ("TTFT", "E2E"):
             each = details[f"{name} of each request"]
-            cells.append(f"{each['mae_s'] * 1e3:.2f} ms, {each['mape']:.1%}".replace("%", " %"))
-            cells.append(f"{each['floor_mae_s'] * 1e3:.2f} ms, {each['floor_mape']:.1%}".replace("%", " %"))
+            cells.append(f"{each['mae_s'] * 1e3:.2f} ms, {_percent(each['mape'])}")
+            cells.append(f"{each['floor_mae_s'] * 1e3:.2f} ms, {_percent(each['floor_mape'])}")
         yield "| " + " | ".join(cells) + " |"
     yield ""
+
+
+def setting(result: dict[str, Any]) -> str:
+    """What ran where, and what calibration said."""
+    settings, summary, hardware = result["settings"], result["summary"], result["hardware"]
+    before, disturbed = summary["before"], summary["L2 and L3"]["disturbed"]
+    host = {name: value * 1e6 for name, value in before["calibration"]["host"].items()}
+    share = summary["L2 and L3"]["steps"]["kernels_share_of_steps"]
+    return (
+        f"One thread of {hardware['cpu']} ({hardware['cores']} cores); {settings['seeds']} traces of "
+        f"{settings['requests']} requests at each load, {settings['repeats']} live runs of each. Capacity "
+        f"{before['capacity_requests_per_s']:.1f} requests/s, simulated "
+        f"{before['simulated_capacity_requests_per_s']:.1f}. The host's part: {host['per_step_s']:.0f} µs a step, "
+        f"{host['per_sequence_s']:.0f} a sequence, {host['per_token_s']:.1f} a token, {host['per_sample_s']:.0f} a "
+        f"sampled row; kernels are {_percent(share)} of the steps. Live runs that stayed disturbed though they were "
+        f"repeated: {disturbed['not_calm']} of {disturbed['runs']}; the worst lost "
+        f"{_percent(disturbed['worst_fraction'])}. The whole took {summary['duration_s'] / 60:.0f} minutes."
+    )
+
+
+def one_number(summary: dict[str, Any]) -> str:
+    """Means over all loads, and the kernels apart from the host."""
+    means = {name: _percent(value) for name, value in summary["compared"]["plait"].items()}
+    steps = summary["L2 and L3"]["steps"]
+    return (
+        "In one number, as others state it: throughput and medians of all loads are off by "
+        f"{means['throughput and medians, simulated']} on average (live again: "
+        f"{means['throughput and medians, live again']}), with the P99s by {means['with P99, simulated']} (live again: "
+        f"{means['with P99, live again']}). The kernels alone are off by {_percent(steps['kernels_mape'])} a step, "
+        f"with a bias of {_percent(steps['kernels_bias'], '+')}, their sum over all steps by "
+        f"{_percent(steps['kernels_total_error'], '+')}; {steps['judged']} of {steps['steps']} steps were judged."
+    )
+
+
+def _percent(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.1%}".replace("%", " %")
 
 
 def row(figure: dict[str, Any]) -> str:
@@ -82,4 +104,4 @@ def _shown(value: float, figure: dict[str, Any], *, signed: bool = False) -> str
         return f"{value:.0f}"
     if figure["unit"] == "":
         return f"{value:.2f}"
-    return f"{value:+.1%}".replace("%", " %") if signed else f"{value:.1%}".replace("%", " %")
+    return _percent(value, "+" if signed else "")

@@ -32,6 +32,12 @@ MORE_PASSES = 2
 """Runs that were disturbed are run again in so many more passes over all."""
 CALIBRATION_LOADS = (None, 0.85, 0.5, 0.25)
 RANKED_LOAD = 0.8
+PUBLISHED = {
+    "APEX": "10.7 % on average",
+    "Vidur": "below 9 %",
+    "LLMServingSim 2.0": "0.97 % on average",
+    "Revati": "below 5 %",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,8 +263,28 @@ def all_levels(wish: Wish, profile: Profile | None) -> tuple[list[Figure], dict[
         say("L4")
     figures = sorted([*figures, *judged, *ranked], key=lambda figure: figure.level)
     details: dict[str, Any] = {"before": before, "L0": replayed, "L2 and L3": details, "L4": ranking}
+    details["compared"] = {"plait": compared(figures), "published": PUBLISHED}
     details["duration_s"] = time.monotonic() - began_s
     return figures, details, samples
+
+
+def compared(figures: Sequence[Figure]) -> dict[str, float]:
+    """One number, as others state one: means of absolute errors over all loads, and the same of live against live."""
+    middle = [one for one in figures if one.level == "L3" and one.what.endswith(("throughput", "P50"))]
+    tails = [one for one in figures if one.level == "L3" and one.what.endswith("P99")]
+    return {
+        f"{name}{side}": sum(abs(value(one)) for one in chosen) / len(chosen)
+        for name, chosen in (("throughput and medians", middle), ("with P99", [*middle, *tails]))
+        for side, value in ((", simulated", _value), (", live again", _floor))
+    }
+
+
+def _value(figure: Figure) -> float:
+    return figure.value
+
+
+def _floor(figure: Figure) -> float:
+    return figure.floor or 0.0
 
 
 class _Progress:

@@ -58,7 +58,7 @@ def shared_trace(seed: int, requests: int, rate_per_s: float) -> tuple[TraceRequ
 
 
 def model_folder(model: str, scratch: Path) -> Path:
-    """`tiny` (embedded), `medium` (84 M random parameters, written to `scratch`), or a checkpoint's folder."""
+    """`tiny` (embedded), `medium` (28 M random parameters, written to `scratch`), or a checkpoint's folder."""
     if model == "tiny":
         return Path(plait.model.__file__).parent / "tiny"
     if model == "medium":

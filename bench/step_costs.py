@@ -3,7 +3,7 @@
 Every run is a process of its own that measures a grid, fits half of an engine's steps and judges the others. What is
 reported is every run, not the best. With --ship the run with the median error becomes the shipped table.
 
-    python bench/step_costs.py --ship          a quiet machine, about 20 minutes (tiny alone: 5)
+    python bench/step_costs.py --ship          a quiet machine, about 20 minutes (tiny alone: 8)
     python bench/step_costs.py --quick         does it work? about a minute
     python bench/step_costs.py --page          write the figures of the committed results into docs/costs.md
 
@@ -49,7 +49,7 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", default=["tiny", "llama-1.1b"], choices=("tiny", "llama-1.1b"))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--runs", type=int, default=5, help="of tiny; a larger model has three")
+    parser.add_argument("--runs", type=int, default=3, help="of tiny; a larger model has one")
     parser.add_argument(
         "--clock", default="wall", help="cpu: a busy machine's processor time, one thread only"
     )
@@ -67,7 +67,7 @@ def main() -> None:
     for model in arguments.models:
         for threads in arguments.threads:
             name = f"{model}-{arguments.processor}" + (f"-{threads}t" if threads > 1 else "")
-            runs = 2 if arguments.quick else arguments.runs if model == "tiny" else min(arguments.runs, 3)
+            runs = 2 if arguments.quick else arguments.runs if model == "tiny" else 1
             extra = QUICK if arguments.quick else () if model == "tiny" else SMALLER
             chosen[name] = [profile(model, threads, arguments.clock, extra) for _ in range(runs)]
     if arguments.ship and not arguments.quick:

@@ -5,6 +5,8 @@ Only the policies differ: scheduler, pool, router and loans are the code that se
     one server      OPT-13B, 66B and 175B on 1, 4 and 8 A100s; lengths short (Alpaca's), mixed (ShareGPT's) and of a
                     long tail; ORCA's synthetic trace and equal lengths; common beginnings of prompts; sizes of blocks
     unequal         the same policies on A100, L4 and T4 together, and on two gaming GPUs with two Macs
+    lending         pages, DistKV-LLM's loans in both versions, and one allocator that does it all (hybrid), with long
+                    requests on equal and on unequal machines; nine traces of the paper: bench/distkv_simulated.py
 
 Latency is per generated token, from arrival to the last one (normalised latency). Load is a part of what `paged`
 serves when everything arrives at once. What a policy sustains is the rate at which its mean latency is twice, and five
@@ -24,6 +26,7 @@ from typing import Any
 from comparison.cases import (
     COMMON_LOAD,
     LIMITS_TIMES_IDLE,
+    LONG,
     ONE_SERVER,
     ORCAS_OWN,
     TRANSLATING,
@@ -34,7 +37,7 @@ from comparison.claims import batching_claims
 from comparison.curves import Sample, at_load, curve, names, of, sustained, times_as_much
 from comparison.point import capacity_per_s
 from comparison.policies import PAGED
-from comparison.series import run_all
+from comparison.series import kept, run_all
 from comparison.sharing import sharing_summary
 from results import Figure, write_result
 
@@ -54,6 +57,12 @@ AT_COMMON_LOAD = (
     "jain_index",
     "max_slowdown",
     "finished_fraction",
+)
+AT_LOAD_WITH_LOANS = (
+    *AT_COMMON_LOAD,
+    "longest_context_tokens",
+    "kv_blocks_moved",
+    "prefix_hit_fraction",
 )
 BLOCK_SIZES = (1, 4, 8, 16, 32, 64, 128, 256)
 
@@ -93,16 +102,16 @@ def figures(samples: Sequence[Sample]) -> Iterator[Figure]:
         yield figure
 
 
-def block_sizes(seeds: int) -> dict[str, dict[int, float]]:
+def block_sizes(seeds: int) -> dict[str, dict[str, float]]:
     """Requests per second by size of blocks, when everything arrives at once at OPT-13B on an A100."""
-    found: dict[str, dict[int, float]] = {}
-    for lengths, requests in (("alpaca-like", 900), ("sharegpt-like", 300)):
+    found: dict[str, dict[str, float]] = {}
+    for lengths, requests in (("alpaca-like", 500), ("sharegpt-like", 200)):
         found[lengths] = {}
         for size in BLOCK_SIZES:
             machine = f"{{name: server, device: a100-40gb, host_s: 0.002, block_tokens: {size}}}"
             case = Case(f"blocks of {size}", "opt-13b", (machine,), lengths, requests)
             rates = [capacity_per_s(case, PAGED, seed) for seed in range(seeds)]
-            found[lengths][size] = statistics.median(rates)
+            found[lengths][str(size)] = statistics.median(rates)
         print(lengths, found[lengths], flush=True)
     return found
 
@@ -110,7 +119,8 @@ def block_sizes(seeds: int) -> dict[str, dict[int, float]]:
 def one_server(options: argparse.Namespace) -> None:
     """ORCA and vLLM at the scale of their papers."""
     samples = run_all((*ONE_SERVER, *ORCAS_OWN, *TRANSLATING), options.seeds, options.jobs, options.keep)
-    sharing, sizes = sharing_summary(print), block_sizes(options.seeds)
+    sharing = kept(options.keep, "sharing", lambda: sharing_summary(print))
+    sizes = kept(options.keep, "sizes of blocks", lambda: block_sizes(options.seeds))
     write_result(
         "comparison",
         settings={"seeds": options.seeds},
@@ -153,7 +163,26 @@ def live(options: argparse.Namespace) -> None:
     )
 
 
-PARTS = {"one-server": one_server, "unequal": unequal}
+def lending(options: argparse.Namespace) -> None:
+    """Pages, loans, and both with shared beginnings, on several machines with long requests."""
+    samples = run_all(LONG, options.seeds, options.jobs, options.keep)
+    summary: dict[str, Any] = {}
+    for case in names(samples, "case"):
+        mine = of(samples, case=case)
+        summary[case] = {
+            f"load {load:g}": dict(at_load(mine, load, AT_LOAD_WITH_LOANS)) for load in names(mine, "load")
+        }
+    write_result(
+        "comparison_lending",
+        settings={"seeds": options.seeds},
+        samples=samples,
+        summary=summary,
+        figures=list(figures(samples)),
+        columns=4,
+    )
+
+
+PARTS = {"one-server": one_server, "unequal": unequal, "lending": lending}
 
 
 def main() -> None:

@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass, field
 
-from comparison.policies import BATCHING, LENDING, ORCA_ORACLE, PAGED, STATIC, Policy
+from comparison.policies import (
+    BATCHING,
+    LENDING,
+    ORCA_ORACLE,
+    PAGED,
+    STATIC,
+    STATIC_EIGHT,
+    STATIC_ONE,
+    Policy,
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,7 @@ COMMON_LOAD = 0.85
 """Every policy runs at this load, however slow it is by then."""
 IDLE_LOAD = 0.05
 """Here nobody waits, and a third of the requests will do."""
-LOW_LOADS = (0.12, 0.25)
+LOW_LOADS = (0.01, 0.02, 0.03, 0.08, 0.12, 0.25)
 """Only policies that may not sustain more run at these."""
 LIMITS_TIMES_IDLE = (2.0, 5.0)
 """Latencies at which sustained rates are compared, in mean normalised latencies of the lowest load."""
@@ -55,7 +64,8 @@ ORCAS_OWN = tuple(
         (OPT_175B,),
         lengths,
         400,
-        (STATIC, ORCA_ORACLE, PAGED),
+        (STATIC, STATIC_ONE, STATIC_EIGHT, ORCA_ORACLE, PAGED),
+        loads=(0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.25, 0.4, 0.6, 0.85, 1.1, 1.5),
     )
     for lengths in ("uniform", "equal")
 )

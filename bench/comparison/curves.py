@@ -79,20 +79,31 @@ def times_as_much(
     times_idle: float = 0.0,
     latency: str = "normalised_mean_s",
     other_latency: str | None = None,
-) -> list[float] | None:
+) -> list[Any] | None:
     """How many times the rate of `other` a policy sustains in one case: median, least and most over the seeds.
 
-    The latency is `limit_s`, or a multiple of the idle one. None where `other` sustains nothing.
+    The latency is `limit_s`, or a multiple of the idle one. A fourth entry says "at least" where the policy did not
+    reach the limit at its highest rate, "at most" where the other did not, "unknown" where neither did. None where the
+    other sustains nothing.
     """
     ratios: list[float] = []
+    open_ended = set[str]()
     for seed in names(samples, "seed"):
         same_seed = of(samples, seed=seed)
+        mine, others = of(same_seed, policy=policy), of(same_seed, policy=other)
+        if not (mine and others):
+            continue
         limit = times_idle * idle_s(same_seed) if limit_s is None else limit_s
-        mine, _ = sustained_per_s(of(same_seed, policy=policy), latency, limit)
-        others, _ = sustained_per_s(of(same_seed, policy=other), other_latency or latency, limit)
-        if others:
-            ratios.append(mine / others)
-    return spread(ratios) if ratios else None
+        rate, crossed = sustained_per_s(mine, latency, limit)
+        others_rate, others_crossed = sustained_per_s(others, other_latency or latency, limit)
+        if others_rate:
+            ratios.append(rate / others_rate)
+            open_ended |= {"at least"} if not crossed else set()
+            open_ended |= {"at most"} if not others_crossed else set()
+    if not ratios:
+        return None
+    bounds = ["unknown"] if len(open_ended) == 2 else sorted(open_ended)
+    return [*spread(ratios), *bounds]
 
 
 def at_load(

@@ -44,9 +44,8 @@ def scenario_text(case: Case, policy: Policy, rate_per_s: float, seed: int) -> s
     requests = f"requests: {case.requests}, lengths: {case.lengths}, rate_per_s: {rate_per_s}"
     if case.lengths in TRACES:
         requests = "trace: trace.jsonl"
-    machines = "\n".join(
-        f"  - {machine[:-1]}, scheduling: {policy.scheduling}}}" for machine in case.machines
-    )
+    chosen = f"scheduling: {policy.scheduling}, limits: {{max_running_sequences: {policy.most_sequences}}}"
+    machines = "\n".join(f"  - {machine[:-1]}, {chosen}}}" for machine in case.machines)
     text = SCENARIO.format(
         model=case.model,
         machines=machines,
@@ -66,7 +65,7 @@ class WithoutEnergy(RooflineCosts):
     def energy_j(self, work: StepWork) -> float:
         return 0.0
 
-    def ideal(self, work: StepWork) -> None:
+    def ideal(self, work: StepWork) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  as CostModel has it
         return None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 class Policy:
     """A name and the scenario's words for it. `lending`: the policy of loans between machines, None without. `slow`:
     it may not sustain a quarter of what pages do, so low loads matter. Without `shares` equal beginnings of prompts are
-    not known as such.
+    not known as such. `most_sequences` run side by side.
     """
 
     name: str
@@ -16,9 +16,12 @@ class Policy:
     lending: str | None = None
     slow: bool = False
     shares: bool = True
+    most_sequences: int = 256
 
 
 STATIC = Policy("static", "static", slow=True)
+STATIC_ONE = Policy("static, one at a time", "static", slow=True, most_sequences=1)
+STATIC_EIGHT = Policy("static, eight at a time", "static", slow=True, most_sequences=8)
 ORCA_MAX = Policy("orca, max", "orca", asks="context", slow=True)
 ORCA_POWER = Policy("orca, pow2", "orca", asks="power-of-two")
 ORCA_ORACLE = Policy("orca, oracle", "orca")

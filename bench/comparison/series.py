@@ -1,7 +1,7 @@
 """A policy's runs at rising rates, for each case and seed, in several processes."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,12 +44,17 @@ def _capacity(case: Case) -> float:
 
 
 def _run_series(series: Series, keep: Path | None) -> list[dict[str, Any]]:
+    named = f"{series.case.name} {series.policy.name} {series.seed}"
+    return kept(keep, named, lambda: _samples_of(series))
+
+
+def kept(keep: Path | None, name: str, compute: Callable[[], Any]) -> Any:
+    """What is found by `compute`, as JSON has it; from a file of the folder if it is there, else put there."""
     if keep is None:
-        return _samples_of(series)
-    named = f"{series.case.name} {series.policy.name} {series.seed}".replace(" ", "-").replace(",", "")
-    file = keep / f"{named}.json"
+        return json.loads(json.dumps(compute()))
+    file = keep / f"{name.replace(' ', '-').replace(',', '')}.json"
     if not file.exists():
-        file.write_text(json.dumps(_samples_of(series)))
+        file.write_text(json.dumps(compute()))
     return json.loads(file.read_text())
 
 

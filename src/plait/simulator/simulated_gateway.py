@@ -90,7 +90,7 @@ class SimulatedGateway:
             queued_tokens=worker.queued_tokens,
             step_s=worker.step_s,
             kv_free_tokens=worker.free_tokens,
-            kv_total_tokens=record.load.kv_total_tokens,
+            kv_total_tokens=worker.total_tokens,
         )
         record = replace(record, load=load, sequence=record.sequence + 1)
         self._records[worker.peer] = self._present[worker.peer] = record

@@ -337,6 +337,11 @@ class SimulatedLender:
 
     # What it says of itself.
 
+    @property
+    def borrowable_blocks(self) -> int:
+        """Blocks that it may still borrow."""
+        return max(0, self.worker.scheduler.borrowable_blocks - self.agent.loans.debts.borrowed_blocks)
+
     def note_counts(self) -> None:
         """Add what the present agent has counted to the totals, at the end."""
         if self.worker.up:
@@ -442,8 +447,11 @@ class _Foreknowing:
     def give_way(self) -> RequestId | None:
         return self._scheduler.give_way()
 
-    def lending_facts(self) -> LendingFacts:
-        facts, pool = self._scheduler.lending_facts(), self._worker.pool
+    def short_blocks(self) -> int:
+        pool = self._worker.pool
         needed = sum(pool.blocks_for(tokens) for tokens in self._worker.asked_tokens.values())
         filled = self._borrowed() - pool.promised_blocks
-        return replace(facts, short_blocks=max(facts.short_blocks, needed - pool.kv_blocks - filled))
+        return max(self._scheduler.lending_facts().short_blocks, needed - pool.kv_blocks - filled)
+
+    def lending_facts(self) -> LendingFacts:
+        return replace(self._scheduler.lending_facts(), short_blocks=self.short_blocks())

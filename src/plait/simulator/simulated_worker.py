@@ -344,8 +344,17 @@ class SimulatedWorker:
 
     @property
     def free_tokens(self) -> int:
-        """Context that still fits in its cache."""
-        return self.pool.free_blocks * self.pool.block_tokens
+        """Context that still fits in its cache, and in what it may still borrow."""
+        return (self.pool.free_blocks + self._borrowable_blocks) * self.pool.block_tokens
+
+    @property
+    def total_tokens(self) -> int:
+        """Context that fits in its empty cache, and in what it may still borrow."""
+        return (self.pool.kv_blocks + self._borrowable_blocks) * self.pool.block_tokens
+
+    @property
+    def _borrowable_blocks(self) -> int:
+        return self.lender.borrowable_blocks if self.lender is not None else 0
 
     def check(self, *, empty: bool) -> None:
         """Assert all invariants of its books; with `empty`, that nothing holds memory any more."""

@@ -227,7 +227,7 @@ def _kernel_parts(
         )
 
     def make_store(kv_blocks: int, device: str) -> KvExtents:
-        return kernel_kv.KernelKvStore(spec, blocks, kv_blocks, block_tokens, kv_format, pool=pool())
+        return kernel_kv.KernelKvStore(spec, blocks, kv_blocks, block_tokens, kv_format)
 
     return _Parts(
         extent_bytes=kernel_kv.kv_extent_bytes(spec, blocks, block_tokens, kv_format),

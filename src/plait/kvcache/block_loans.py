@@ -57,6 +57,8 @@ class LoanScheduler(Protocol):
 
     def give_way(self) -> RequestId | None: ...
 
+    def short_blocks(self) -> int: ...
+
     def lending_facts(self) -> LendingFacts: ...
 
 
@@ -96,7 +98,7 @@ class BlockLoans:
     def wanted_blocks(self) -> int:
         """Blocks that should be borrowed now, as far as the scheduler may."""
         most = self.scheduler.borrowable_blocks - self.debts.borrowed_blocks
-        short = self.scheduler.lending_facts().short_blocks
+        short = self.scheduler.short_blocks()
         return max(0, min(most, short - self.pool.promised_blocks))
 
     def begin_moves(self, kv_blocks: int) -> list[BegunMove]:

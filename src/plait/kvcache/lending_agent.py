@@ -167,7 +167,7 @@ class LendingAgent:
             self._unfitted += 1
         if not self._decoding:
             self._debtor.allow_step(False)
-        return self._done(iter(()), now_s)
+        return self._done(self._search(now_s), now_s)
 
     def leave(self, now_s: float) -> Actions:
         """Lend no more, call back what is lent, return what is borrowed and empty."""
@@ -355,12 +355,9 @@ class LendingAgent:
         if not yields and self.loans.kept_blocks:
             self.loans.let_go()
             yield LoansChanged()
-        wanted = 0 if self._leaving or yields else self._debtor.wanted_blocks()
-        if self.options.policy == "plan" and not self._starved:
-            wanted = 0
+        yield from self._search(now_s)
         manager = self.manager(now_s)
-        yield from self._debtor.search(min(wanted, MAX_LOAN_BLOCKS), manager, self._one_way_s, now_s)
-        short = self.loans.scheduler.lending_facts().short_blocks - self.loans.pool.promised_blocks
+        short = self.loans.scheduler.short_blocks() - self.loans.pool.promised_blocks
         may_borrow = self.loans.scheduler.borrowable_blocks > self.loans.debts.borrowed_blocks
         if (
             not yields
@@ -378,6 +375,14 @@ class LendingAgent:
         if manager == self.peer:
             for peer, order in self._ledger().orders(now_s):
                 yield Send(peer, order)
+
+    def _search(self, now_s: float) -> Iterator[LendingAction]:
+        """Look for memory, if some is wanted."""
+        yields = self._leaving or now_s < self._held_until_s
+        planned = self.options.policy == "plan" and not self._starved
+        wanted = 0 if yields or planned else self._debtor.wanted_blocks()
+        manager = self.manager(now_s)
+        return self._debtor.search(min(wanted, MAX_LOAN_BLOCKS), manager, self._one_way_s, now_s)
 
     def _beat(self, manager: PeerId) -> Send:
         """A heartbeat, whole for who has not had one before."""

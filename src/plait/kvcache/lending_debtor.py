@@ -55,6 +55,8 @@ from plait.wire import (
 
 MAX_IN_FLIGHT = 32
 """Blocks that are on their way out, and as many home."""
+AHEAD_BLOCKS = 8
+"""Least that is asked for: a session that grows needs one after the other, and each question is a round trip."""
 LOST_AFTER = 5
 """Times `answer_within_s` until content that nobody acknowledged is lost."""
 
@@ -102,8 +104,9 @@ class DebtorSide:
             for number in map(self._debts.number_of, self._recalled)
         )
         most = min(self._loans.scheduler.borrowable_blocks, MAX_LOAN_BLOCKS) - self._debts.borrowed_blocks
-        short = self._loans.scheduler.lending_facts().short_blocks
-        return max(0, min(most, short - self._loans.pool.promised_blocks + called_back))
+        short = self._loans.scheduler.short_blocks()
+        lacking = short - self._loans.pool.promised_blocks + called_back
+        return max(0, min(most, max(lacking, AHEAD_BLOCKS) if lacking > 0 else 0))
 
     def hunt(
         self, event: HuntEvent, manager: PeerId | None, one_way_s: Mapping[PeerId, float], now_s: float
@@ -181,7 +184,7 @@ class DebtorSide:
                 break
             self._allowance_tokens -= block_tokens
             yield self._ask_home(number, now_s)
-        short = self._loans.scheduler.lending_facts().short_blocks
+        short = self._loans.scheduler.short_blocks()
         needed = max(0, short - len(self._out)) + self._ordered_moves
         room = min(needed, self._allowance_tokens // block_tokens, MAX_IN_FLIGHT - len(self._out))
         begun = self._loans.begin_moves(room) if room > 0 else []
@@ -355,7 +358,7 @@ class DebtorSide:
 
     def _give_back(self, now_s: float) -> Iterator[LendingAction]:
         """Return empty blocks that nothing has needed for a while, whoever ordered them."""
-        short = self._loans.scheduler.lending_facts().short_blocks
+        short = self._loans.scheduler.short_blocks()
         surplus = self._debts.empty_blocks - max(0, short)
         if surplus <= 0:
             self._idle_since_s = None

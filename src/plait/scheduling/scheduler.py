@@ -293,7 +293,7 @@ class Scheduler:
 
     def wanted_blocks(self) -> int:
         """Blocks that are short, beyond those promised; see `lending_facts`."""
-        return max(0, self._short_blocks() - self._pool.promised_blocks)
+        return max(0, self.short_blocks() - self._pool.promised_blocks)
 
     def lending_facts(self) -> LendingFacts:
         """What lending decides on; walks the running requests."""
@@ -305,7 +305,7 @@ class Scheduler:
         return LendingFacts(
             running=len(self._running),
             waiting=len(self._waiting),
-            short_blocks=self._short_blocks(),
+            short_blocks=self.short_blocks(),
             computed_tokens=sum(computed),
             mean_request_tokens=known_tokens / max(1, len(counted)),
             starving_order=self._requests[starving].order[0] if starving is not None else None,
@@ -324,8 +324,8 @@ class Scheduler:
         """The first request, if the latest step gave it nothing for want of blocks."""
         return self._starving if self._starving in self._requests else None
 
-    def _short_blocks(self) -> int:
-        """Blocks that are short for all that is known of those running and of the first waiting, and one for each."""
+    def short_blocks(self) -> int:
+        """As in `lending_facts`."""
         blocks_for = self._pool.blocks_for
         wanted = 0
         for request in [*self._running, *self._waiting[:1]]:
@@ -402,7 +402,7 @@ class Scheduler:
         """The first request, if it lacks blocks to go on with."""
         for request in self._running[:1] or self._waiting[:1]:
             if not request.idle and all(chunk.request_id != request.id for chunk in chunks):
-                return request.id if self._short_blocks() > 0 else None
+                return request.id if self.short_blocks() > 0 else None
         return None
 
     def _view(self) -> SchedulerView:

@@ -135,6 +135,8 @@ class LentAttention:
         """The list that is meant; None if it is not known here."""
         known = self._lists.setdefault(peer, OrderedDict())
         if message.base == message.listing:
+            if message.listing in known:
+                known.move_to_end(message.listing)
             return known.get(message.listing)
         added = blocks_of(message.blocks)
         if len(added) != len(message.blocks.generations) or len(added) != len(message.starts):

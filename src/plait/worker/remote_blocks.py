@@ -62,10 +62,12 @@ class _Pending:
 
     def take(self) -> list[Partial]:
         """As `PendingParts.take`."""
-        if not self.done.wait(max(0.0, self.deadline_s - time.monotonic())):
+        in_time = self.done.wait(max(0.0, self.deadline_s - time.monotonic()))
+        missing = [part for parts in self.parts for part in parts if part.partial is None]
+        if missing:
             self.give_up(self)
-        lost = [part for parts in self.parts for part in parts if part.partial is None]
-        if lost:
+            # Whoever was only slower than one that lost them still has its blocks.
+            lost = [part for part in missing if part.lost] if in_time else missing
             numbers = dict.fromkeys(number for part in lost for number in part.share.numbers)
             why = lost[0].lost or "it has not answered in time"
             raise BlocksLost(
@@ -113,7 +115,8 @@ class RemoteBlocks:
         query = asked.query.detach().cpu().contiguous()
         tokens = query.shape[0]
         heads, value_dim = self._heads(asked.block)
-        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+        exact = self._loans.store.extents.dtype == torch.uint8 or query.dtype == torch.float64
+        wide = torch.float64 if exact else torch.float32  # the kernels add up in float64
         row_bytes = max(query[0].nbytes, heads * (value_dim + 2) * wide.itemsize)
         rows = max(1, min(MAX_ATTENDED_TOKENS, MESSAGE_BYTES // row_bytes))
         pending = _Pending([], time.monotonic() + self._deadline_s, 0, self._give_up)
@@ -206,6 +209,10 @@ class RemoteBlocks:
                     for each, shape in zip(tensors, shapes, strict=True)
                 )
             )
+            if not _sound(part.partial):
+                part.partial, part.lost = None, "what it sent is not finite"
+                self._finish(part)
+                raise BadFrame("a part of an attention that is not finite")
         self._finish(part)
 
     def on_lost(self, peer: PeerId) -> None:
@@ -232,3 +239,9 @@ class RemoteBlocks:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]  it is one
+
+
+def _sound(part: Partial) -> bool:
+    """Whether it can be merged: one that sees no key has a greatest score of minus infinity, and nothing else."""
+    finite = bool(torch.isfinite(part.weight).all() and torch.isfinite(part.summed).all())
+    return finite and not bool((torch.isnan(part.most) | (part.most == torch.inf)).any())

@@ -81,7 +81,9 @@ class SmallPools(SwarmOfProcesses):
     def start_one(self, name: str) -> None:
         """Start a machine, or start it again."""
         memory_bytes = self.pools[name] * self._block_bytes
-        flags = ("--kv-cache-memory", str(memory_bytes), "--no-rebalance", *self._lending)
+        # The model's files are here: nobody has to fetch them.
+        model = ("--set", f"model.name={self._model}")
+        flags = ("--kv-cache-memory", str(memory_bytes), "--no-rebalance", *model, *self._lending)
         self.start(name, f"0:{self._shape.blocks}", *flags, "--set", f"swarm.announce_s={ANNOUNCE_S}")
 
     def restart(self, name: str) -> None:

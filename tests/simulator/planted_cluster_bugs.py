@@ -1,7 +1,7 @@
 # pyright: reportPrivateUsage=false
 """Bugs that somebody could have written, put into what the event heap runs: its trials must find each of them.
 
-Most are in the live code (scheduler, pool, prefix index, router, plan of a recovery); the last four are in how requests
+Most are in the live code (scheduler, pool, prefix index, router, plan of a recovery); the last three are in how requests
 move over machines, which the event heap has for itself.
 """
 
@@ -186,18 +186,6 @@ def token_counted_twice(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Flight, "take_token", take_token)
 
 
-def wrong_epoch(patch: pytest.MonkeyPatch) -> None:
-    """What was on its way to a machine that was given up is taken for what was sent to the next one."""
-    right = DataPath._submit
-
-    def submit(self: Any, what: Any) -> None:
-        flight, _ = what
-        if flight.hops:
-            right(self, (flight, flight.epoch))
-
-    patch.setattr(DataPath, "_submit", submit)
-
-
 def session_left_on_a_machine(patch: pytest.MonkeyPatch) -> None:
     """Who moves a request off its machines forgets one of three or more."""
     right = DataPath.close
@@ -224,6 +212,5 @@ PLANTS: tuple[Plant, ...] = (
     replay_from_wrong_position,
     retry_without_a_key,
     token_counted_twice,
-    wrong_epoch,
     session_left_on_a_machine,
 )

@@ -13,7 +13,7 @@ src/plait/simulator/cluster_trial.py. All seconds are virtual, but those of a tr
     python bench/cluster_faults.py --seed 9 --shrink          which of its faults and requests its violation takes
 
 A seed that shows something wrong is named with the command that replays it, and the exit code is 1. Ctrl-C ends the run
-early; what was tried by then is written.
+early; what was tried by then is written (a shell starts what runs in the background deaf to it).
 """
 
 import argparse

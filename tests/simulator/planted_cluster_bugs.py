@@ -1,8 +1,8 @@
 # pyright: reportPrivateUsage=false
 """Bugs that somebody could have written, put into what the event heap runs: its trials must find each of them.
 
-Most are in the live code (scheduler, pool, prefix index, router, plan of a recovery); the last three are in how requests
-move over machines, which the event heap has for itself.
+Most are in the live code (scheduler, pool, prefix index, router, plan of a recovery); the last three are in how
+requests move over machines, which the event heap has for itself.
 """
 
 from collections.abc import Callable

@@ -144,6 +144,7 @@ def _print_report(report: dict[str, Any]) -> None:
             "attainment": f"{report['attainment_fraction']:.1%} within {_objectives(report['objectives'])}",
             "goodput": f"{steady.get('goodput_requests_per_s', 0):.3g} requests/s",
             "energy": f"{report['cluster']['joules_per_output_token']:.3g} J per output token",
+            **_lending(report["lending"]),
             "digest": report["digest"],
         }
     )
@@ -173,6 +174,16 @@ def _print_report(report: dict[str, Any]) -> None:
             for name, machine in report["machines"].items()
         ],
     )
+
+
+def _lending(lending: dict[str, Any] | None) -> dict[str, str]:
+    """One line of what machines lent each other, if they do."""
+    if lending is None:
+        return {}
+    return {
+        "lending": f"{lending['blocks_moved_out']} blocks moved out, {lending['blocks_moved_home']} home, "
+        f"{lending['blocks_lost']} lost; {lending['waited_fraction']:.1%} of steps' time waiting for other machines"
+    }
 
 
 def _share(fraction: float | None) -> str:

@@ -9,6 +9,7 @@ from lending_rig import LIMITS, Lender, LendingRig, lending_swarm
 from swarm_rig import Answer, Host, on_one_machine, some_prompt, tiny_request
 
 from plait.errors import NoCapacity
+from plait.kernels import native_available
 from plait.session import GenerationRequest
 from plait.worker.lending import WorkerLending
 
@@ -69,6 +70,26 @@ def test_a_long_request_has_the_tokens_of_one_large_machine(carrier: str, expect
             debtor = lending_of(rig.hosts["a"])
             assert debtor.agent.counts.moved_out_total >= 6 and not debtor.told().lost_total
             assert (await rig.ask(SEEDED)).token_ids == expected["seeded"]
+            await rig.check_all_home()
+
+    run(main)
+
+
+@pytest.mark.skipif(not native_available, reason="plait's kernels are not built here")
+def test_the_kernels_lend_and_borrow_too() -> None:
+    """A machine with room for everything that also lends has the same bits: its kernels add up by KV blocks, too."""
+
+    async def main() -> None:
+        async with lending_swarm({"one": Lender(kv_blocks=16, borrow_blocks=1)}, dtype="bfloat16") as rig:
+            alone = await rig.ask(LONG)
+        lenders = {
+            "a": DEBTOR,
+            "b": Lender(kv_blocks=7, serves=False),
+            "c": Lender(kv_blocks=8, serves=False),
+        }
+        async with lending_swarm(lenders, dtype="bfloat16") as rig:
+            assert (await rig.ask(LONG)).token_ids == alone.token_ids
+            assert lending_of(rig.hosts["a"]).agent.counts.moved_out_total >= 6
             await rig.check_all_home()
 
     run(main)

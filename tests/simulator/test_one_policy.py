@@ -25,6 +25,8 @@ DECIDING = {
     "KvBlockPool": {"allocate", "release"},
     "PrefixIndex": {"match", "publish"},
     "a planner": {"plan_placement"},
+    "LendingAgent": {"on_message", "on_tick"},
+    "LoanBook": {"reserve", "fill"},
 }
 DECISIONS = {"plan_step", "plan_resume", "choose_chain", "evict", "preempt", "schedule", "match", "allocate"}
 """Names under which something would be decided, if it were decided in the simulator."""

@@ -173,14 +173,7 @@ class LiveBench:
                     print(samples[-1], flush=True)
         return [asdict(each) for each in samples], {
             str(rate): {
-                "slower_while_moving": round(
-                    statistics.median(
-                        each.moving_s / each.after_s - 1
-                        for each in samples
-                        if each.moved_tokens_per_step == rate and each.after_s
-                    ),
-                    3,
-                ),
+                "slower_while_moving": slowdown([asdict(each) for each in samples], rate),
                 "second_waited_s": spread(
                     [each.second_waited_s for each in samples if each.moved_tokens_per_step == rate]
                 ),
@@ -236,6 +229,16 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def slowdown(moved: Sequence[Mapping[str, Any]], rate: int) -> float | None:
+    """How much slower an answer's tokens come while blocks move than when they have; None if none have."""
+    fractions = [
+        row["moving_s"] / row["after_s"] - 1
+        for row in moved
+        if row["moved_tokens_per_step"] == rate and row["moving_s"] and row["after_s"]
+    ]
+    return round(statistics.median(fractions), 3) if fractions else None
+
+
 def gains(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """By machines, family and policy: what was completed, and tokens a second beside lending off."""
     off = {
@@ -275,15 +278,10 @@ def figures_of(samples: Mapping[str, Any]) -> list[Figure]:
                 figure.add_line(f"{machines} machines, {policy}", range(len(FAMILIES)), values)
         figures.append(figure)
     moving = Figure("answers while blocks move", "tokens moved a step", "slower than afterwards, fraction")
-    rows = [row for row in samples.get("move", []) if row["after_s"]]
-    rates = sorted({row["moved_tokens_per_step"] for row in rows})
-    slower = [
-        statistics.median(
-            row["moving_s"] / row["after_s"] - 1 for row in rows if row["moved_tokens_per_step"] == rate
-        )
-        for rate in rates
-    ]
-    moving.add_line("median", rates, slower)
+    moved = samples.get("move", [])
+    slower = {rate: slowdown(moved, rate) for rate in sorted({row["moved_tokens_per_step"] for row in moved})}
+    known = {rate: fraction for rate, fraction in slower.items() if fraction is not None}
+    moving.add_line("median", list(known), list(known.values()))
     strikes = samples.get("kill", [])
     pauses = Figure("pause of the long answer", "trial", "seconds", log_y=True)
     for kind in dict.fromkeys((run["victim"], run["signal"]) for run in strikes):
@@ -303,9 +301,9 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=12, help="kills and freezes")
     parser.add_argument("--machines", type=int, nargs="*", default=[3], help="machines of the traces")
     parser.add_argument("--policy", nargs="*", choices=POLICIES, default=POLICIES, help="of the traces")
-    parser.add_argument("--requests", type=int, default=48, help="of each trace")
+    parser.add_argument("--requests", type=int, default=32, help="of each trace")
     parser.add_argument("--rates", type=int, nargs="*", default=RATES, help="tokens moved a step")
-    parser.add_argument("--pairs", type=int, default=3, help="measured at each rate")
+    parser.add_argument("--pairs", type=int, default=2, help="measured at each rate")
     parser.add_argument("--answer", type=int, default=200, help="tokens of answers over unequal creditors")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--quick", action="store_true", help="small sizes; writes nothing")

@@ -61,13 +61,14 @@ class KillTrials:
         swarm = self._swarm
         self._give_roles()
         wish = Wish(
-            number=2000 + trial, prompt_tokens=700, answer_tokens=700, seed=trial if trial % 2 else None
+            number=2000 + trial, prompt_tokens=900, answer_tokens=500, seed=trial if trial % 2 else None
         )
         beside = {
             name: Wish(number=3000 + 10 * trial + place, prompt_tokens=150, answer_tokens=250)
             for place, name in enumerate((self._debtor, self._manager, *self._others))
         }
-        at_token = int(self._rng.integers(50, 600))
+        # From 1,024 tokens on it borrows.
+        at_token = int(self._rng.integers(150, 450))
         struck: list[tuple[str, float]] = []
         borrowed: list[int] = []
 

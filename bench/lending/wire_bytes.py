@@ -55,7 +55,7 @@ class _Meter:
 def bytes_a_token(swarm: SmallPools, shape: Shape, prompt_tokens: int, number: int) -> TokenBytes:
     """Measure one prompt; the pools must be idle."""
     creditors = [name for name in swarm.pools if name != "debtor"]
-    began = _read(swarm, creditors)
+    began = _after(swarm, creditors, 3 * ANNOUNCE_S)
     idle = _after(swarm, creditors, IDLE_S).since(began)
     short = _one(
         swarm, creditors, Wish(number=number, prompt_tokens=prompt_tokens, answer_tokens=SHORT_TOKENS)

@@ -44,7 +44,7 @@ def wish_of(arguments: argparse.Namespace, folder: Path) -> Wish:
         "requests": arguments.requests,
         "configurations": arguments.configurations,
     }
-    usual = {"seeds": 3, "repeats": 3, "requests": 300, "configurations": 12}
+    usual = {"seeds": 3, "repeats": 3, "requests": 300, "configurations": 10}
     if quick:
         usual = {
             "seeds": 1,

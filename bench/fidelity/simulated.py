@@ -12,9 +12,9 @@ from plait.costs import (
     HostOverhead,
     LiveFactors,
     Profile,
-    StepParts,
     StepWork,
     apply_factors,
+    fit_live_factors,
     non_negative_least_squares,
 )
 from plait.engine import EngineOptions
@@ -32,8 +32,6 @@ from plait.simulator import (
 from plait.workload import TraceRequest
 
 _FOREVER_S = 1e9
-_PRIOR_STEPS = 20.0
-"""What a factor of 1 is worth beside steps of its own kind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,25 +68,13 @@ def calibrate(profile: Profile, runs: Sequence[LiveRun]) -> Calibration:
                 works.append(work_of(step.decision))
                 device_s.append(times.device_s)
                 seconds.append(times.seconds)
-    factors = _fit_factors([tables.parts_s(work) for work in works], device_s)
+    factors = fit_live_factors([tables.parts_s(work) for work in works], device_s)
     fitted = replace(profile, tables=apply_factors(profile.tables, factors))
     costs = fitted.table_costs(extrapolates=True)
     host = _fit_host(works, seconds, [costs.step_s(work) for work in works])
     return Calibration(
         profile=replace(fitted, host=host), factors=factors, one_way_s=_one_way_s(runs), steps=len(works)
     )
-
-
-def _fit_factors(parts: Sequence[StepParts], device_s: Sequence[float]) -> LiveFactors:
-    """As `fit_live_factors`, whose weights are what was measured: where steps scatter, those prefer the short ones, and
-    rates are a matter of the mean."""
-    rows = np.array([(each.dense_s, each.prefill_s, each.decode_s) for each in parts])
-    known = rows.sum(axis=1)
-    prior = np.eye(3) * _PRIOR_STEPS**0.5
-    matrix = np.concatenate([rows / known[:, None], prior])
-    target = np.concatenate([np.array(device_s) / known, prior.sum(axis=1)])
-    dense, prefill, decode = non_negative_least_squares(matrix, target).tolist()
-    return LiveFactors(dense=dense, prefill=prefill, decode=decode)
 
 
 def _fit_host(

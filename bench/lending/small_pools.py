@@ -93,8 +93,12 @@ class SmallPools(SwarmOfProcesses):
         self.wait_ready(name)
 
     def machine(self, name: str) -> dict[str, Any]:
-        """What the gateway was told of a machine, a moment ago."""
-        return next(each for each in self.status()["machines"] if each["name"] == name)
+        """What the gateway was told of a machine, a moment ago.
+
+        Raises:
+            KeyError: it does not know that machine.
+        """
+        return {each["name"]: each for each in self.status()["machines"]}[name]
 
     def loans(self, name: str) -> dict[str, Any]:
         """What a machine said of its loans, a moment ago."""
@@ -122,7 +126,7 @@ class SmallPools(SwarmOfProcesses):
         def told() -> bool:
             try:
                 return holds()
-            except (httpx.HTTPError, StopIteration, KeyError):
+            except (httpx.HTTPError, KeyError):
                 return False
 
         self.gateway.wait_for(told, what)

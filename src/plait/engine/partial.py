@@ -21,7 +21,8 @@ from torch import Tensor
 
 class Partial(NamedTuple):
     """One part of an attention, in float32 (float64 if the inputs are): `most` and `weight` [tokens, heads],
-    `summed` [tokens, heads, value_dim].
+    `summed` [tokens, heads, value_dim]. Parts of the CPU kernels are in float64, their weights relative to a power of
+    two, 2^most: they are merged by the kernels only (csrc/attention.inl).
     """
 
     most: Tensor

@@ -286,7 +286,7 @@ class Member:
         worker.drain()
         with suppress(TimeoutError):
             async with asyncio.timeout(self.options.drain_timeout_s):
-                while worker.sessions and worker.failure is None:
+                while (worker.sessions or worker.lent_blocks) and worker.failure is None:
                     await asyncio.sleep(LOOK_S)
         if worker.sessions:
             log.warning(

@@ -203,6 +203,11 @@ class SpanWorker:
         """Sessions that cross this worker now."""
         return len(self._live)
 
+    @property
+    def lent_blocks(self) -> int:
+        """KV blocks that other machines have here now."""
+        return 0 if self.lending is None else self.lending.told().lent_blocks
+
     def drain(self) -> None:
         """Take no new sessions; those that are here go on until their gateways move them."""
         self._draining = True

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,20 @@ class Series:
     case: Case
     policy: Policy
     seed: int
-    capacity_per_s: float
 
 
 def run_all(cases: Sequence[Case], seeds: int, jobs: int, keep: Path | None = None) -> list[dict[str, Any]]:
     """All samples, in a fixed order; progress is printed. Series that are kept in a folder are not run again."""
+    wanted = [
+        Series(case, policy, seed) for case in cases for policy in case.policies for seed in range(seeds)
+    ]
     with ProcessPoolExecutor(max_workers=jobs) as pool:
-        capacities = list(pool.map(_capacity, cases))
-        wanted = [
-            Series(case, policy, seed, capacity)
-            for case, capacity in zip(cases, capacities, strict=True)
-            for policy in case.policies
-            for seed in range(seeds)
-        ]
         found = pool.map(_run_series, wanted, [keep] * len(wanted))
         return [sample for samples in found for sample in samples]
 
 
-def _capacity(case: Case) -> float:
+@cache
+def _capacity_per_s(case: Case) -> float:
     return capacity_per_s(case, PAGED, seed=0)
 
 
@@ -67,7 +64,7 @@ def _samples_of(series: Series) -> list[dict[str, Any]]:
         case = series.case
         if load == IDLE_LOAD:
             case = replace(case, requests=case.requests // 3)
-        rate_per_s = load * series.capacity_per_s
+        rate_per_s = load * _capacity_per_s(series.case)
         found = point(case, series.policy, rate_per_s, series.seed)
         samples.append(
             {

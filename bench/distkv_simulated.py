@@ -1,7 +1,8 @@
 """Lending KV memory at the scale of Infinite-LLM, simulated: Llama 2 7B, an A100-80GB for each instance.
 
 1. Nine traces of log-uniform lengths as in the paper (0 to 2: up to 15, 30 and 60 thousand tokens on 4 instances; 3 to
-   8: up to 0.2 to 2 million on 32), and one in which all requests are equally long. All requests come at once.
+   8: up to 0.2 to 2 million on 32), answers 5 to 50 % of a request, at most 1,000 tokens; one in which all requests are
+   equally long; and two that mostly decode, in 16 GiB for each instance. All requests come at once.
 
        multi    no lending (vLLM on many small instances)
        single   all GPUs are one tensor-parallel instance (vLLM on a big one), which pays for its collectives
@@ -72,7 +73,7 @@ run: {{check: end, patience_s: 1.0e+9}}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One trace on some instances; `longest` and `shortest` in tokens of prompt and answer."""
+    """One trace on some instances; `longest` and `shortest` in tokens of prompt and answer, `kv_gib` for each GPU."""
 
     name: str
     shortest: int
@@ -83,6 +84,9 @@ class Case:
     rate_per_s: float | None = None
     link: str = NVLINK
     seed: int = 0
+    answer_fractions: tuple[float, float] = (0.05, 0.5)
+    most_answer_tokens: int = 1000
+    kv_gib: int | None = None
 
 
 TRACES = (
@@ -110,17 +114,34 @@ TRACES = (
     ),
     Case(name="equal, 8K", shortest=8000, longest=8000, requests=100, machines=4, block_tokens=256),
 )
+DECODING = tuple(
+    Case(
+        name=f"answers, up to {longest // 1000}K",
+        shortest=1000,
+        longest=longest,
+        requests=requests,
+        machines=4,
+        block_tokens=128,
+        answer_fractions=(0.6, 0.95),
+        most_answer_tokens=longest,
+        kv_gib=16,
+    )
+    for longest, requests in ((12_000, 48), (30_000, 20))
+)
+"""Mostly decoding, in little memory: so that time goes where the paper's throughput model looks."""
 ORACLES = frozenset(case.name for case in TRACES if case.machines < 32)
 """Where the oracle runs too."""
 
 
 def trace_of(case: Case) -> list[TraceRequest]:
-    """Requests of a case: the answer is 5 to 50 % of a request, 1,000 tokens at most."""
+    """Requests of a case."""
     rng = np.random.default_rng(case.seed)
     totals = (
         np.exp(rng.uniform(np.log(case.shortest), np.log(case.longest), case.requests)).round().astype(int)
     )
-    answers = np.clip(rng.uniform(0.05, 0.5, case.requests) * totals, 1, 1000).astype(int)
+    answers = np.clip(
+        rng.uniform(*case.answer_fractions, case.requests) * totals, 1, case.most_answer_tokens
+    ).astype(int)
     gaps_s = rng.exponential(1 / case.rate_per_s if case.rate_per_s else 0.0, case.requests)
     return [
         TraceRequest(arrival_s=float(at_s), prompt_tokens=int(total - answer), output_tokens=int(answer))
@@ -138,7 +159,9 @@ def run_of(case: Case, policy: str, requests: Sequence[TraceRequest], **changes:
         "block_tokens": case.block_tokens,
         "link": case.link,
         "seed": case.seed,
-        "memory": "kv: bf16",
+        "memory": "kv: bf16"
+        if case.kv_gib is None
+        else f"kv_memory: {case.kv_gib * (case.machines if single else 1)}GiB",
         "more": "",
         "step_tokens": 2048 if case.machines < 32 else 8192,
         "moved_tokens": 64,
@@ -302,6 +325,9 @@ def jobs(small: bool) -> Iterator["partial[dict[str, Any]]"]:
         for policy in ("multi", "single", *LENDING):
             if policy != "oracle" or case.name in ORACLES:
                 yield partial(served, case, policy)
+    for case in () if small else DECODING:
+        for policy in ("multi", "single", "pull", "plan"):
+            yield partial(served, case, policy)
     curved = replace(traces[2], requests=traces[2].requests * 2 // 3)
     for rate_per_s in (0.1, 0.2, 0.4):
         for policy in ("multi", "single", "pull", "plan"):
@@ -353,7 +379,8 @@ def figures(results: Sequence[dict[str, Any]]) -> Iterator[Figure]:
             points = [
                 (number, mine[policy] / mine[what])
                 for number, name in enumerate(names)
-                if (mine := {run["policy"]: run["tokens_per_s"] for run in closed if run["case"] == name})
+                if policy
+                in (mine := {run["policy"]: run["tokens_per_s"] for run in closed if run["case"] == name})
             ]
             figure.add_line(policy, [x for x, _ in points], [y for _, y in points])
         yield figure

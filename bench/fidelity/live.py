@@ -31,7 +31,7 @@ _FIRST_TOKEN_ID = 10  # below are special ones
 _LEAD_S = 0.05
 _CALM_FRACTION = 0.02
 _LOST_S = 0.0005
-_LOST_FRACTION = 0.05
+_LOST_FRACTION = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +244,9 @@ def _step_times(
         if place:
             before = noted[place - 1]
             device_s = kernels_s - before[3]
-            lost_s = (ended_s + start_s - max(before[2], began_s + start_s)) - (thread_s - before[4])
+            # What it did before a step that followed idleness is in its processor's time, but not in the wall's.
+            since_s = began_s if times[-1].seconds is None else times[-1].ended_s
+            lost_s = (ended_s - since_s) - (thread_s - before[4])
         times.append(StepTimes(began_s, ended_s, device_s, lost_s, seconds))
     return tuple(times)
 

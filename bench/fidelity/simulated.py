@@ -12,9 +12,9 @@ from plait.costs import (
     HostOverhead,
     LiveFactors,
     Profile,
+    StepParts,
     StepWork,
     apply_factors,
-    fit_live_factors,
     non_negative_least_squares,
 )
 from plait.engine import EngineOptions
@@ -32,6 +32,8 @@ from plait.simulator import (
 from plait.workload import TraceRequest
 
 _FOREVER_S = 1e9
+_PRIOR_FRACTION = 0.01
+"""What it is worth that a factor is 1, beside all of the calibration's seconds: the parts of a step vary together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +59,10 @@ class SimulatedRun:
 
 def calibrate(profile: Profile, runs: Sequence[LiveRun]) -> Calibration:
     """Fit three factors of the tables to the seconds of the kernels, and the host's part to what the tables then leave
-    of the seconds from step to step; both by relative error, of steps in which the engine was not held up."""
+    of the seconds from step to step, of steps in which the engine was not held up.
+
+    A step counts as much as it takes long: so short ones and prompts have a say, and sums come out right.
+    """
     tables = profile.table_costs(extrapolates=True)
     works: list[StepWork] = []
     device_s: list[float] = []
@@ -68,7 +73,7 @@ def calibrate(profile: Profile, runs: Sequence[LiveRun]) -> Calibration:
                 works.append(work_of(step.decision))
                 device_s.append(times.device_s)
                 seconds.append(times.seconds)
-    factors = fit_live_factors([tables.parts_s(work) for work in works], device_s)
+    factors = _fit_factors([tables.parts_s(work) for work in works], device_s)
     fitted = replace(profile, tables=apply_factors(profile.tables, factors))
     costs = fitted.table_costs(extrapolates=True)
     host = _fit_host(works, seconds, [costs.step_s(work) for work in works])
@@ -77,14 +82,28 @@ def calibrate(profile: Profile, runs: Sequence[LiveRun]) -> Calibration:
     )
 
 
+def _fit_factors(parts: Sequence[StepParts], device_s: Sequence[float]) -> LiveFactors:
+    rows = np.array([(each.dense_s, each.prefill_s, each.decode_s) for each in parts])
+    known = rows.sum(axis=1)
+    weights = (
+        known**-0.5
+    )  # by what is predicted: weights by what was measured would prefer whatever came out short
+    prior = np.eye(3) * (_PRIOR_FRACTION * known.sum()) ** 0.5
+    matrix = np.concatenate([rows * weights[:, None], prior])
+    target = np.concatenate([np.array(device_s) * weights, prior.sum(axis=1)])
+    dense, prefill, decode = non_negative_least_squares(matrix, target).tolist()
+    return LiveFactors(dense=dense, prefill=prefill, decode=decode)
+
+
 def _fit_host(
     works: Sequence[StepWork], seconds: Sequence[float], predicted_s: Sequence[float]
 ) -> HostOverhead:
     rows = np.array([(1.0, work.features.sequences, work.features.tokens, work.sampled) for work in works])
-    known = np.array(predicted_s)  # weights by what was measured would prefer whatever came out short
-    matrix = rows / known[:, None]
+    known = np.array(predicted_s)
+    weights = known**-0.5
+    matrix = rows * weights[:, None]
     scale = matrix.max(axis=0)
-    rest = np.array(seconds) / known - 1
+    rest = (np.array(seconds) - known) * weights
     per_step_s, per_sequence_s, per_token_s, per_sample_s = (
         non_negative_least_squares(matrix / scale, rest) / scale
     ).tolist()

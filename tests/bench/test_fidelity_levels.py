@@ -85,8 +85,8 @@ def test_rankings_of_configurations() -> None:
 
 
 def test_a_step_is_interrupted_when_it_lost_more_than_the_interpreter_makes_it_wait() -> None:
-    assert not StepTimes(began_s=0.0, ended_s=0.010, device_s=0.009, lost_s=0.0009).interrupted
-    assert StepTimes(began_s=0.0, ended_s=0.010, device_s=0.009, lost_s=0.0011).interrupted
+    assert not StepTimes(began_s=0.0, ended_s=0.010, device_s=0.009, lost_s=0.0005).interrupted
+    assert StepTimes(began_s=0.0, ended_s=0.010, device_s=0.009, lost_s=0.0007).interrupted
 
 
 def test_traces_that_are_judged_are_not_those_that_calibrate() -> None:

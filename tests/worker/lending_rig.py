@@ -148,8 +148,8 @@ class LendingRig(SwarmRig):
         self._introduce()
         return host
 
-    def group(self) -> dict[PeerId, float]:
-        return {host.peer: 0.0 for host in self.hosts.values()}
+    def group(self) -> dict[PeerId, float | None]:
+        return {host.peer: None for host in self.hosts.values()}
 
     async def check_all_home(self) -> None:
         """Everything that was lent is returned, within some time."""

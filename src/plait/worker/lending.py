@@ -119,7 +119,7 @@ class WorkerLending:
                 "--block-size to lend KV memory"
             )
         self.limits = limits
-        self.group: Callable[[], Mapping[PeerId, float]] = dict
+        self.group: Callable[[], Mapping[PeerId, float | None]] = dict
         self._peer = peer
         self._engine = engine
         self._loans: KvLoans = loans
@@ -129,7 +129,7 @@ class WorkerLending:
             peer, loans, limits.options, first_number=first_number, layers=len(engine.blocks)
         )
         self._attention = LentAttention(loans, engine.spec, self._post_attend, self._heard)
-        self._group: Mapping[PeerId, float] = {}
+        self._group: Mapping[PeerId, float | None] = {}
         self._queued: dict[PeerId, int] = {}
         self._queued_contents: dict[PeerId, int] = {}
         self._keepers: list[PeerId] = []
@@ -322,7 +322,8 @@ class WorkerLending:
         group = self.group()
         if group != self._group:
             self._group = group
-            self._carry_out(self.agent.set_group(list(group), group, now_s), ())
+            known_s = {peer: one_way_s for peer, one_way_s in group.items() if one_way_s is not None}
+            self._carry_out(self.agent.set_group(list(group), known_s, now_s), ())
         self._carry_out(self.agent.on_tick(now_s), ())
         self._keepers = self.agent.creditors
 

@@ -318,12 +318,12 @@ class Member:
         drawn = [records[int(index)] for index in order if records[int(index)].state != "offline"]
         return [record.peer for record in sorted(drawn, key=lambda record: not record.span)]
 
-    def _lends_the_same(self, worker: SpanWorker) -> Mapping[PeerId, float]:
+    def _lends_the_same(self, worker: SpanWorker) -> Mapping[PeerId, float | None]:
         """Who lends KV blocks like this machine's, and how far they are in seconds, as far as that is known."""
         assert worker.lending is not None
         view, layout = self.view(), worker.lending.told().layout
         return {
-            record.peer: view.rtts_s.get(record.peer, 0.0) / 2
+            record.peer: view.rtts_s[record.peer] / 2 if record.peer in view.rtts_s else None
             for record in view.records.values()
             if record.state == "online" and record.span == worker.blocks and record.lending.layout == layout
         }

@@ -1,6 +1,6 @@
 """Signs of published claims about batching and memory, on small traces at the scale of their papers.
 
-Sizes are measured by bench/comparison.py. What is claimed of lending is in test_lending.py.
+Sizes are measured by bench/comparison.py. What is claimed of lending is tested beside it.
 """
 
 from pathlib import Path

@@ -13,6 +13,7 @@ import pytest
 from plait.cli.swarm_setup import (
     _listen_address,  # pyright: ignore[reportPrivateUsage]
     asked_blocks,
+    lending_limits,
     make_node,
     member_options,
     own_secret,
@@ -123,3 +124,18 @@ def test_iroh_that_is_not_installed_is_said(tmp_path: Path) -> None:
 def test_a_relay_without_iroh_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadSetup, match="with --iroh-listen only"):
         make_iroh_node(tmp_path, iroh_relay="https://relay.example")
+
+
+def test_lending_is_off_unless_asked_for_and_then_as_the_settings_say() -> None:
+    assert lending_limits(Settings()) is None
+    asked = {"lending.policy": "plan", "lending.lend_fraction": 0.25, "lending.moved_tokens_per_step": 0}
+    limits = lending_limits(load_settings(flags=asked))
+    assert (
+        limits is not None and limits.options.policy == "plan" and limits.options.moved_tokens_per_step == 0
+    )
+    assert limits.terms(100).lendable_blocks == 25 and limits.terms(100).keep_free_blocks == 5
+
+
+def test_a_machine_without_blocks_lends_none() -> None:
+    with pytest.raises(BadSetup, match="no KV memory to lend"):
+        lending_limits(load_settings(flags={"lending.policy": "pull", "swarm.blocks": "none"}))

@@ -25,6 +25,8 @@ def serve(json: JsonFlag = False, *, settings: Settings) -> None:
     if settings.engine.tensor_parallel_rank:
         take_part(settings)
         return
+    if settings.lending.policy != "off" and not settings.server.swarm:
+        raise BadSetup("--lending is for machines of a swarm; add --swarm, or leave it out")
     key_hashes, has_keys = admitted_keys(settings)
     listener = listen(settings.server.host, settings.server.port)
     names = settings.model.served_names or (settings.model.name,)

@@ -247,13 +247,19 @@ def span_limits(settings: Settings) -> "SpanLimits":
 
 
 def lending_limits(settings: Settings) -> "LendingLimits | None":
-    """How this machine lends and borrows KV memory; None if it does not."""
+    """How this machine lends and borrows KV memory; None if it does not.
+
+    Raises:
+        BadSetup: it serves no blocks.
+    """
     from plait.kvcache import LendingOptions, LendingRules
     from plait.worker import LendingLimits
 
     lending = settings.lending
     if lending.policy == "off":
         return None
+    if settings.swarm.blocks == "none":
+        raise BadSetup("a machine with --blocks none has no KV memory to lend; leave out --lending")
     return LendingLimits(
         options=LendingOptions(
             policy=lending.policy,

@@ -105,12 +105,10 @@ class LiveBench:
                     print(run, flush=True)
         return [asdict(run) for run in runs], {
             f"{run.context_tokens} tokens, {run.holders} holders": {
-                "out_bytes": round(run.out_bytes),
-                "back_bytes": round(run.back_bytes),
                 "tensors": [round(run.query_bytes), round(run.part_bytes)],
                 "formula": [run.formula_out_bytes, run.formula_back_bytes],
                 "times_the_formula": round(
-                    (run.out_bytes + run.back_bytes) / (run.formula_out_bytes + run.formula_back_bytes), 3
+                    (run.query_bytes + run.part_bytes) / (run.formula_out_bytes + run.formula_back_bytes), 3
                 ),
                 "ring_bytes": round(run.ring_bytes),
             }

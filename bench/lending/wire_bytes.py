@@ -20,8 +20,8 @@ IDLE_S = 3.0
 class TokenBytes:
     """For one token of an answer, over all holders; the formula is for `holders`, in float32.
 
-    `out_bytes` and `back_bytes`: on the links, messages and TLS included; `query_bytes` and `part_bytes`: the tensors
-    alone, as the debtor counts them.
+    `out_bytes` and `back_bytes`: on the links, less what they carry idle, which is rough, as probes are among it.
+    `query_bytes` and `part_bytes`: the tensors alone, as the debtor counts them.
     """
 
     context_tokens: int

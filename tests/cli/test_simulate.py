@@ -54,7 +54,7 @@ def test_a_run_can_be_stopped_at_an_event(plait: InProcess, scenario: str) -> No
 
 def test_what_cannot_be_simulated_is_said_in_one_line(plait: InProcess, tmp_path: Path) -> None:
     said = plait("simulate", "nothing")
-    assert said.exit_code == 2 and "embedded ones are replicas, swarm" in said.stderr
+    assert said.exit_code == 2 and "embedded ones are lending, replicas, swarm" in said.stderr
     file = tmp_path / "wrong.yaml"
     file.write_text(SCENARIO.replace("kv_memory", "kv_memry"))
     said = plait("simulate", str(file))

@@ -31,6 +31,7 @@ Array: TypeAlias = NDArray[Any] | Tensor
 OF_ANYTHING = {
     "dict": "dict[str, Any]",
     "list": "list[Any]",
+    "tuple": "tuple[Any, ...]",
     "Callable": "Callable[..., Any]",
     "NDArray": "NDArray[Any]",
 }

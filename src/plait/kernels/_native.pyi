@@ -342,7 +342,7 @@ class Lender:
         starts: Array,
         position: int,
         queries: Array,
-        out: tuple,
+        out: tuple[Any, ...],
     ) -> None:
         """
         Attend queries float32 [tokens, heads, dim], the first at `position`, over KV blocks that hold the tokens from `starts` on; `out` is (most, weight, summed).

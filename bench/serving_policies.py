@@ -58,7 +58,7 @@ def make_trace(mix: str, seed: int, requests: int) -> list[Asked]:
     ]
 
 
-def make_engine(policy: str, threads: int, *, dtype: str = "float32") -> Engine:
+def make_engine(policy: str, threads: int, *, dtype: str = "float32", prefix_caching: bool = True) -> Engine:
     limits = replace(StepLimits(), max_running_sequences=MAX_SEQUENCES, step_tokens=STEP_TOKENS)
     kv_cache_bytes = KV_CACHE_BYTES if dtype == "float32" else KV_CACHE_BYTES // 2
     return load_engine(
@@ -69,11 +69,14 @@ def make_engine(policy: str, threads: int, *, dtype: str = "float32") -> Engine:
             limits=limits,
             threads=threads,
             dtype=dtype,
+            prefix_caching=prefix_caching,
         )
     )
 
 
-def run_trace(engine: Engine, trace: Sequence[Asked], rate_per_s: float | None, tag: str) -> dict[str, Any]:
+def run_trace(
+    engine: Engine, trace: Sequence[Asked], rate_per_s: float | None, tag: str, *, temperature: float = 0.0
+) -> dict[str, Any]:
     """Serve a trace in real time (`rate_per_s` None: everything at once); latencies are per generated token."""
     due = [asked.unit_arrival_s / rate_per_s if rate_per_s else 0.0 for asked in trace]
     finished_s, batch_end_s = [0.0] * len(trace), [0.0] * len(trace)
@@ -88,7 +91,9 @@ def run_trace(engine: Engine, trace: Sequence[Asked], rate_per_s: float | None, 
         now_s = time.perf_counter() - start_s
         while sent < len(trace) and due[sent] <= now_s:
             asked = trace[sent]
-            sampling = SamplingParams(max_tokens=asked.output_tokens, temperature=0.0, ignore_eos=True)
+            sampling = SamplingParams(
+                max_tokens=asked.output_tokens, temperature=temperature, ignore_eos=True
+            )
             engine.add(
                 GenerationRequest(
                     id=RequestId(f"{tag}-{sent}"), prompt_token_ids=asked.prompt, sampling=sampling

@@ -2,12 +2,13 @@
 
 The live side is that of bench/serving_policies.py: the real engine on one thread in bfloat16, as the shipped table of
 costs was measured. The simulated side gets the same requests at the same times, the same limits and as many KV blocks;
-steps take what the table says, which was measured apart from these runs. Load is a part of what `paged` serves live
-when everything arrives at once.
+steps take what the table says, which was measured apart from these runs, with tokens drawn at the same temperature.
+Load is a part of what `paged` serves live when everything arrives at once.
 """
 
 import statistics
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +19,7 @@ from results import Figure
 
 import plait.profiler
 from comparison.curves import Sample, curve, names, of
+from plait.profiler import read_profile
 from plait.simulator import latency_samples, parse_scenario, run_of_scenario
 from plait.workload import TraceRequest, format_trace
 
@@ -42,19 +44,24 @@ KV_BYTES = live_runs.KV_CACHE_BYTES // 2  # in bfloat16
 
 def live_and_simulated(seeds: int, requests: int) -> list[dict[str, Any]]:
     """All samples: for each trace, load and policy a live run and a simulated one."""
-    engines = {policy: live_runs.make_engine(policy, 1, dtype="bfloat16") for policy in live_runs.POLICIES}
+    engines = {  # a trace runs several times: prompts must not be found in the cache
+        policy: live_runs.make_engine(policy, 1, dtype="bfloat16", prefix_caching=False)
+        for policy in live_runs.POLICIES
+    }
+    # What the host has to do depends on it.
+    serve = partial(live_runs.run_trace, temperature=read_profile(MEASURED).temperature)
     samples: list[dict[str, Any]] = []
     for mix in live_runs.MIXES:
         for seed in range(seeds):
             trace = live_runs.make_trace(mix, seed, requests)
-            live_runs.run_trace(engines["paged"], trace, None, f"{mix}-{seed}-warm")
-            full = live_runs.run_trace(engines["paged"], trace, None, f"{mix}-{seed}-full")
+            serve(engines["paged"], trace, None, f"{mix}-{seed}-warm")
+            full = serve(engines["paged"], trace, None, f"{mix}-{seed}-full")
             for load in LOADS:
                 rate_per_s = load * full["requests_per_s"]
                 for policy, engine in engines.items():
                     at = {"mix": mix, "seed": seed, "load": load, "policy": policy}
                     tag = f"{mix}-{seed}-{load}-{policy}"
-                    found = live_runs.run_trace(engine, trace, rate_per_s, tag)
+                    found = serve(engine, trace, rate_per_s, tag)
                     found = {key: found[key] for key in KEYS}
                     samples.append({**at, "way": "live", "rate_per_s": rate_per_s, **found})
                     found = _simulated(policy, trace, rate_per_s)

@@ -154,12 +154,18 @@ class LiveBench:
                         "family": family,
                         **served(asked),
                         "wrong": len(wrong),
+                        "margins_where_other": [self._margin(each) for each in wrong],
                         "errors": sorted({each.error[:200] for each in asked if each.error}),
                         "all_free_after_s": swarm.all_free_s(30),
                     }
                 )
                 print(rows[-1], flush=True)
         return rows
+
+    def _margin(self, asked: Any) -> float | None:
+        """How far apart the two likeliest tokens were where a greedy answer first differs; None if it was drawn."""
+        place = exactness.first_difference(list(asked.token_ids), self._one.tokens(asked.wish))
+        return None if place is None or asked.wish.seed is not None else self._one.margin(asked.wish, place)
 
     def move(self) -> tuple[Any, dict[str, Any]]:
         samples: list[moves.Moving] = []

@@ -11,7 +11,7 @@ bfloat16 on one thread; what is simulated is the event heap of `plait simulate` 
 with the host's part of a step fitted on traces of their own. Every live run is repeated: how much repeats differ is the
 floor. How to read it: docs/fidelity.md.
 
-    python bench/fidelity.py                     about 20 minutes of a quiet machine
+    python bench/fidelity.py                     about 13 minutes of a quiet machine, more if it is disturbed
     python bench/fidelity.py --quick             about 2 minutes: does it work?
     python bench/fidelity.py --model medium      28 M random parameters: the kernels take nearly all of a step; L0 to L3
     python bench/fidelity.py --page              write the figures of the committed results into docs/fidelity.md
@@ -36,7 +36,7 @@ _PLACES: list[float] = np.linspace(0, 1, 101).tolist()
 
 
 def wish_of(arguments: argparse.Namespace, folder: Path) -> Wish:
-    """What is not said: 20 minutes for `tiny`; for larger models less, since everything takes them longer."""
+    """What is not said: a quarter of an hour for `tiny`; for larger models less, since everything takes them longer."""
     quick, small = arguments.quick, folder.name == "tiny"
     said: dict[str, int | None] = {
         "seeds": arguments.seeds,

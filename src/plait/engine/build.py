@@ -1,6 +1,5 @@
 """Putting an engine together from a checkpoint folder and options."""
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -204,7 +203,6 @@ def _kernel_parts(
     spec, block_tokens = checkpoint.spec, options.block_tokens
     format, kv_format = native.weight_format(options), native.kernel_kv_format(options)
     threads = options.threads or usable_cores()
-    pool = functools.cache(lambda: kernel_kv.make_pool(threads))
 
     def load_decoder(on_progress: Progress | None) -> SpanDecoder:
         weights = load_packed(
@@ -222,7 +220,7 @@ def _kernel_parts(
             kv_format=kv_format,
             block_tokens=block_tokens,
             token_limit=token_limit,
-            pool=pool(),
+            pool=kernel_kv.make_pool(threads),
             by_parts=lends,
         )
 

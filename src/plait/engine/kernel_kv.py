@@ -44,14 +44,11 @@ class KernelKvStore(KvExtents):
         kv_format: str,
         *,
         ranks: int = 1,
-        pool: Any = None,
     ) -> None:
-        """`pool`: threads that exist already; otherwise lending makes one thread of its own, the caller's."""
         extent_bytes = kv_extent_bytes(spec, blocks, block_tokens, kv_format, ranks)
         super().__init__(blocks, kv_blocks, block_tokens, extent_bytes, torch.uint8, "cpu")
         self.kv_format = kv_format
         self._spec = spec
-        self._pool = pool
         self._lender: Any = None
 
     def attend(
@@ -90,7 +87,7 @@ class KernelKvStore(KvExtents):
 
             attentions = [self._spec.blocks[block].attention for block in self.blocks]
             self._lender = _native.Lender(
-                self._pool or _native.Pool(1),
+                _native.Pool(1),  # the caller's thread: the decoder may be using its own meanwhile
                 [attention_shape(each, 0, 1) for each in attentions],
                 self.kv_format,
                 attentions[0].kv_heads,
